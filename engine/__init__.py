@@ -1,0 +1,1 @@
+"""The training engine: recipes become packed batches and one objective; see ARCHITECTURE.md."""

@@ -1,0 +1,83 @@
+"""What flows through the engine: packs, their columns, and sums of losses. Owns the shapes, no behaviour.
+
+Shape suffixes: T rows of a pack, S segments of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # Segments costs the import of megatron-core; recipe checks must start at once
+    from paralign.models.segments import Segments
+
+IGNORE = -100  # the label of a row without loss, as in torch and transformers
+
+
+class Column(Enum):
+    """A named tensor beside the tokens of a pack."""
+
+    SOURCE = "source"  # (S,) int64: index of the data set a segment came from
+
+
+class Unit(Enum):
+    """What a loss is averaged over."""
+
+    TOKEN = "token"
+    SAMPLE = "sample"
+    PAIR = "pair"
+
+
+@dataclass
+class PackedBatch:
+    """One pack, which is one micro-batch.
+
+    Attributes:
+        tokens_T: int64 (T,).
+        labels_T: int64 (T,), already shifted: row i holds the token it is to predict, or `IGNORE`.
+        loss_rows: int64 (R,), the rows of `labels_T` that are not `IGNORE`, in order; from the loader, so
+            that no kernel asks the device how many there are.
+        segments: who attends to whom.
+        columns: per token (T,) or per segment (S,).
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    loss_rows: Tensor
+    segments: Segments
+    columns: Mapping[Column, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class StepBatch:
+    """What one data-parallel rank computes in one optimizer step, and what the whole step counts.
+
+    Attributes:
+        micro_batches: the packs of this rank.
+        counts: over the packs of *all* ranks: what a loss in that unit is divided by.
+        n_samples, n_tokens: real samples and real tokens over all ranks.
+        sample_ids: ids of all the samples in the step, over all ranks, in pack order.
+    """
+
+    micro_batches: list[PackedBatch]
+    counts: Mapping[Unit, int]
+    n_samples: int
+    n_tokens: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass
+class LossSum:
+    """Sums, never means.
+
+    Attributes:
+        totals: for each unit the summed loss, fp32 scalar with gradient; divided once, by the global count.
+        metrics: float64 (len(objective.metrics), 2), a sum and a count for each declared metric, detached.
+    """
+
+    totals: Mapping[Unit, Tensor]
+    metrics: Tensor

@@ -1,0 +1,190 @@
+"""Strict decoding of a recipe: a tree to typed sections, every error with its place. Reads no file."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from paralign.models.errors import RecipeError
+
+Key = tuple[str | int, ...]
+"""Where a value stands in the tree: `("data", "train", 0)` is written `data.train[0]`."""
+Marks = dict[Key, str]
+"""The place of each key, as errors name it: `sft/x.yaml:14`, or `command line: optimizer.lr=1e-5`."""
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class Section(BaseModel):
+    """One part's share of a recipe. Unknown keys are errors; a section never changes after decoding.
+
+    The `Attributes:` of its docstring say what each key means: an error quotes them where a key is missing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def decode(model: type[SectionT], tree: Mapping[str, Any], marks: Marks, path: Path) -> SectionT:
+    """Turns a tree into a section, with `~` and `${VARIABLE}` expanded in every text.
+
+    Types are strict: "2" is no integer and 1 is no boolean. Raises one RecipeError, a line for each problem.
+    """
+    problems: list[str] = []
+    expanded = _expand(tree, (), marks, str(path), problems)
+    if not problems:
+        try:
+            # A tree of YAML is one of JSON, and only pydantic's JSON mode is strict yet takes text as a path.
+            return model.model_validate_json(json.dumps(expanded), strict=True)
+        except ValidationError as error:
+            problems = _describe(error.errors(include_url=False), model, expanded, marks, str(path))
+    raise RecipeError("\n".join(problems))
+
+
+def _expand(value: Any, key: Key, marks: Marks, path: str, problems: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _expand(item, (*key, name), marks, path, problems) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, (*key, i), marks, path, problems) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\$\{(\w+)\}", value):
+        if name not in os.environ:
+            problems.append(_line(key, marks, path, f"the environment variable {name} is not set; export it"))
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], ""), value))
+
+
+def _describe(
+    errors: Sequence[ErrorDetails], model: type[Section], tree: Any, marks: Marks, path: str
+) -> list[str]:
+    """One line for each faulty key: a union reports a key once for each of its members."""
+    found: dict[Key, tuple[str, list[str]]] = {}
+    for error in errors:
+        kind, key = error["type"], error["loc"]
+        if kind == "missing":
+            found[key] = ("missing", [_meaning(_section_at(model, key[:-1]), str(key[-1]))])
+        elif kind == "extra_forbidden":
+            found[key] = ("unknown key", [_suggest_key(model, key)])
+        else:
+            key = _existing(tree, key)
+            said, expected = found.setdefault(key, (f"read {shown(_value_at(tree, key))}", []))
+            if kind in ("value_error", "assertion_error"):
+                found[key] = (str(error["ctx"]["error"]), [""])
+            else:
+                expected.append(_expected(error))
+    lines = []
+    for key, (said, details) in found.items():
+        tail = details[0] if said in ("missing", "unknown key") else ""
+        if said.startswith("read ") and details != [""]:
+            tail = "; expected " + " or ".join(dict.fromkeys(details))
+        lines.append(_line(key, marks, path, said + tail))
+    return lines
+
+
+def _line(key: Key, marks: Marks, path: str, message: str) -> str:
+    place = next((marks[key[:n]] for n in range(len(key), 0, -1) if key[:n] in marks), path)
+    name = dotted(key)
+    if not name or place.startswith(f"command line: {name}="):  # an override names its own key
+        return f"{place}: {message}"
+    return f"{place} {name}: {message}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", limits["expected"])
+        near = difflib.get_close_matches(str(error["input"]), choices, n=1)
+        return _listed(choices) + (f"; did you mean {near[0]}?" if near else "")
+    for prefix, meaning in (
+        ("int", "an integer"),
+        ("float", "a number"),
+        ("finite", "a finite number"),
+        ("bool", "true or false"),
+        ("string_pattern", f"text that matches {limits.get('pattern')}"),
+        ("string", "text"),
+        ("path", "a path"),
+        ("tuple", "a list"),
+        ("list", "a list"),
+        ("dict", "names and values"),
+        ("model", "a section of keys and values"),
+        ("none", "null"),
+        ("greater_than_equal", f"at least {limits.get('ge')}"),
+        ("greater_than", f"more than {limits.get('gt')}"),
+        ("less_than_equal", f"at most {limits.get('le')}"),
+        ("less_than", f"less than {limits.get('lt')}"),
+        ("too_short", f"at least {limits.get('min_length')} entries"),
+    ):
+        if kind.startswith(prefix):
+            return meaning
+    return error["msg"]
+
+
+def _suggest_key(model: type[Section], key: Key) -> str:
+    name, section = str(key[-1]), _section_at(model, key[:-1])
+    siblings = list(section.model_fields) if section else []
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f"; did you mean {near[0]}?"
+    elsewhere = [known for known in _keys(model) if known.rpartition(".")[2] == name]
+    if elsewhere:
+        return f" here; did you mean {_listed(elsewhere)}?"
+    return f"; the keys here are {', '.join(siblings)}"
+
+
+def _meaning(section: type[Section] | None, name: str) -> str:
+    documented = inspect.getdoc(section) or ""
+    found = re.search(rf"^ {{4}}{name}: (.+?)(?=\n {{0,4}}\S|\Z)", documented, re.MULTILINE | re.DOTALL)
+    return f": {' '.join(found[1].split()).rstrip('.')}" if found else ""
+
+
+def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _section_at(model: type[Section], key: Key) -> type[Section] | None:
+    for name in key:
+        field = model.model_fields.get(str(name))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        ):
+            return None
+        model = field.annotation
+    return model
+
+
+def _existing(tree: Any, key: Key) -> Key:
+    """The part of pydantic's location that is in the tree; behind it stand names of union members."""
+    for depth, name in enumerate(key):
+        inside = name in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(name, int)
+        if not inside:
+            return key[:depth]
+        tree = tree[name]
+    return key
+
+
+def _value_at(tree: Any, key: Key) -> Any:
+    for name in key:
+        tree = tree[name]
+    return tree
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def dotted(key: Key) -> str:
+    return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in key).lstrip(".")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

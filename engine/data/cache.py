@@ -1,0 +1,293 @@
+"""Tokens on disk, made once for each content. Owns the directory and its key, not how tokens come about.
+
+    <cache_dir>/<key>/tokens.bin    int32, all samples end to end
+                      learned.bin   uint8, 1 where the token is to be predicted
+                      samples.npz   per sample: lengths, n_loss, lines, sources
+                      meta.json     n_tokens, max_token, files
+
+It is written under a temporary name and renamed, so that a directory of the final name is complete; of two
+processes that write the same one, the first to end wins. N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from paralign.models.errors import DataError
+
+from .config import DataConfig
+from .encode import Encoded, Recipe, encode_files
+from .render import template_text
+from .sources import record_format
+
+VERSION = 1  # of the layout above and of what render makes of a conversation; part of the key
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The samples to train on: those on disk, less what `too_long` and `nothing_to_learn` take out.
+
+    Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it again.
+
+    Attributes:
+        directory, files, config: what it was opened with.
+        fingerprint: names content and selection; equal fingerprints have equal samples under equal ids.
+        tokens: int32, memory-mapped, the samples of the cache end to end.
+        learned: uint8, memory-mapped, 1 where the token is to be predicted.
+        starts: int64 (N,), first token of each sample.
+        lengths: int64 (N,), tokens of each sample, at most `tokens_per_pack`.
+        n_loss: int64 (N,), tokens to be predicted in each sample.
+        sources: int32 (N,), index into `files`.
+        lines: int64 (N,), the line each sample begins at.
+        max_token: largest token id of the cache; the model's vocabulary must be larger.
+        n_dropped, n_truncated, n_skipped: samples too long (dropped, cut) and with nothing to learn.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    config: DataConfig
+    fingerprint: str
+    tokens: np.ndarray
+    learned: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    n_loss: np.ndarray
+    sources: np.ndarray
+    lines: np.ndarray
+    max_token: int
+    n_dropped: int
+    n_truncated: int
+    n_skipped: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __reduce__(self) -> tuple[Callable[..., TokenCache], tuple[object, ...]]:
+        return TokenCache.open, (self.directory, self.files, self.config)
+
+    def sample(self, id_: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens int32 (L,) and learned uint8 (L,) of one sample, as views of the file."""
+        rows = slice(self.starts[id_], self.starts[id_] + self.lengths[id_])
+        return self.tokens[rows], self.learned[rows]
+
+    def place(self, id_: int) -> str:
+        """file:line of one sample."""
+        return f"{self.files[self.sources[id_]]}:{self.lines[id_]}"
+
+    @classmethod
+    def open(cls, directory: Path, files: Sequence[Path], config: DataConfig) -> TokenCache:
+        """Maps the cache in `directory` and selects the samples that `config` lets through.
+
+        Raises:
+            DataError: not a whole cache; a sample too long or with nothing to learn, where that is an error;
+                no sample left.
+        """
+        try:
+            meta = json.loads((directory / "meta.json").read_text())
+            table = np.load(directory / "samples.npz")
+            lengths, n_loss = table["lengths"], table["n_loss"]
+            lines, sources = table["lines"], table["sources"]
+            tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
+            learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
+        if not len(tokens) == len(learned) == meta["n_tokens"] == lengths.sum():
+            raise DataError(f"{directory}: tokens are missing; the disk may be full; delete it")
+        starts = np.cumsum(lengths) - lengths
+
+        def first(which: np.ndarray) -> str:
+            i = int(np.flatnonzero(which)[0])
+            return f"{files[sources[i]]}:{lines[i]}: {lengths[i]:,} tokens"
+
+        limit = config.tokens_per_pack
+        long = lengths > limit
+        if long.any() and config.too_long == "error":
+            raise DataError(
+                f"{first(long)}; tokens_per_pack is {limit:,} and {_samples(long)} longer; "
+                "raise tokens_per_pack, or set too_long: drop or truncate"
+            )
+        if config.too_long == "truncate":
+            for i in np.flatnonzero(long):
+                n_loss[i] = int(learned[starts[i] : starts[i] + limit].sum())
+            keep = np.ones(len(lengths), dtype=bool)
+        else:
+            keep = ~long
+        lengths = np.minimum(lengths, limit)
+        barren = keep & (n_loss == 0)
+        if barren.any() and config.nothing_to_learn == "error":
+            raise DataError(
+                f"{first(barren)}, none of them to be learned (no assistant turn, or it was cut off), like "
+                f"{int(np.count_nonzero(barren)):,} in all; mend them, or set nothing_to_learn: skip"
+            )
+        n_truncated = int(np.count_nonzero(keep & long))
+        n_dropped = int(np.count_nonzero(~keep))
+        keep &= ~barren
+        if not keep.any():
+            raise DataError(
+                f"{', '.join(map(str, files))}: no sample is left: {n_dropped} longer than {limit:,} tokens, "
+                f"{int(np.count_nonzero(barren))} with nothing to learn"
+            )
+        selection = f"{directory.name} {limit} {config.too_long} {config.nothing_to_learn}"
+        return cls(
+            directory=directory,
+            files=tuple(files),
+            config=config,
+            fingerprint=hashlib.sha256(selection.encode()).hexdigest()[:32],
+            tokens=tokens,
+            learned=learned,
+            starts=starts[keep],
+            lengths=lengths[keep],
+            n_loss=n_loss[keep],
+            sources=sources[keep],
+            lines=lines[keep],
+            max_token=meta["max_token"],
+            n_dropped=n_dropped,
+            n_truncated=n_truncated,
+            n_skipped=int(np.count_nonzero(barren)),
+        )
+
+
+def build_or_open(
+    config: DataConfig, files: Sequence[Path], tokenizer_dir: Path, *, progress: bool
+) -> TokenCache:
+    """The cache of `files`, tokenised now if it is not there yet.
+
+    Args:
+        files: of one training set or one validation set.
+        tokenizer_dir: a Hugging Face directory with a fast tokenizer.
+        progress: show a bar while tokenising.
+
+    Raises:
+        DataError, WeightsError: what is wrong with which line, template or tokenizer.
+    """
+    directory = cache_directory(config, files, tokenizer_dir)
+    if not directory.is_dir():
+        _build(directory, config, files, tokenizer_dir, progress)
+    return TokenCache.open(directory, files, config)
+
+
+def cache_directory(config: DataConfig, files: Sequence[Path], tokenizer_dir: Path) -> Path:
+    """Where the cache of this content is, or will be: a process that waits for another one looks here."""
+    key = hashlib.sha256()
+
+    def add(name: str, content: bytes) -> None:
+        key.update(f"{name} {len(content)}\n".encode() + content)
+
+    add("version", str(VERSION).encode())
+    add("loss_on", config.loss_on.encode())
+    add("format", config.format.encode())
+    add("template", (template_text(config.chat_template) or "").encode())
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            add(name, _digest(tokenizer_dir / name))
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        add("source", _digest(path))
+    return config.cache_dir / key.hexdigest()[:32]
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _build(
+    directory: Path, config: DataConfig, files: Sequence[Path], tokenizer_dir: Path, progress: bool
+) -> None:
+    recipe = Recipe(tokenizer_dir, template_text(config.chat_template), config.loss_on)
+    formats = [record_format(path, config.format) for path in files]
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        with _advance(files, shown=progress) as advance:
+            _write(temporary, encode_files(files, formats, recipe, config.workers), files, advance)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    directory: Path, stream: Iterator[Encoded], files: Sequence[Path], advance: Callable[[int], None]
+) -> None:
+    lengths, n_loss, lines, sources = [], [], [], []
+    max_token, n_stops = 0, 0
+    with (directory / "tokens.bin").open("wb") as tokens, (directory / "learned.bin").open("wb") as learned:
+        for chunk in stream:
+            chunk.tokens.tofile(tokens)
+            chunk.learned.astype(np.uint8).tofile(learned)
+            n_before = np.concatenate(([0], np.cumsum(chunk.learned, dtype=np.int64)))
+            ends = np.cumsum(chunk.lengths)
+            n_loss.append(n_before[ends] - n_before[ends - chunk.lengths])
+            lengths.append(chunk.lengths)
+            lines.append(chunk.lines)
+            sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
+            max_token = max(max_token, int(chunk.tokens.max(initial=0)))
+            n_stops += chunk.n_stops
+            advance(chunk.n_bytes)
+    if n_stops == 0 and any(n.any() for n in n_loss):
+        raise DataError(
+            f"{', '.join(map(str, files))}: no sample teaches a token that ends a turn, so the model "
+            "would never stop; the template must end an assistant turn with a special token of the "
+            "tokenizer, inside {% generation %} if it has that"
+        )
+    np.savez(
+        directory / "samples.npz",
+        lengths=np.concatenate(lengths),
+        n_loss=np.concatenate(n_loss),
+        lines=np.concatenate(lines),
+        sources=np.concatenate(sources),
+    )
+    meta = {
+        "n_tokens": int(sum(part.sum() for part in lengths)),
+        "max_token": max_token,
+        "files": [str(path) for path in files],
+    }
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+@contextmanager
+def _advance(files: Sequence[Path], *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function that is told the bytes that are done, and moves a bar if it is to be shown."""
+    if not shown:
+        yield lambda n_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=sum(path.stat().st_size for path in files))
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+        bar.update(task, completed=bar.tasks[task].total)
+
+
+def _samples(which: np.ndarray) -> str:
+    n = int(np.count_nonzero(which))
+    return "1 sample is" if n == 1 else f"{n:,} samples are"

@@ -1,0 +1,1 @@
+"""Operations with their reference, and fused versions where they are built."""

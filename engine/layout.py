@@ -1,0 +1,232 @@
+"""Degrees of parallelism as checked arithmetic: how ranks, layers, packs divide. Opens no process group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from paralign.models.errors import LayoutError
+
+from .config import Section
+
+if TYPE_CHECKING:
+    from paralign.models.arch import Arch
+
+
+class LayoutConfig(Section):
+    """The degrees of parallelism, by Megatron's names. The optimizer is always sharded over data parallel.
+
+    Attributes:
+        tensor_model_parallel_size: GPUs that share every matrix.
+        pipeline_model_parallel_size: stages that the layers are divided into.
+        virtual_pipeline_model_parallel_size: chunks of layers on a stage (interleaved schedule); null is one.
+        sequence_parallel: divides norms and residuals along the sequence over the tensor-parallel ranks.
+        num_layers_in_first_pipeline_stage: layers there, if uneven; the other stages share the rest evenly.
+        num_layers_in_last_pipeline_stage: layers there, if uneven; the other stages share the rest evenly.
+        overlap_grad_reduce: reduces gradients while the backward pass still runs.
+        overlap_param_gather: gathers updated weights while the next forward pass already runs.
+        ddp_bucket_size: parameters in a bucket of gradients; null leaves it to Megatron.
+        distributed_timeout_minutes: how long a collective may wait before the run ends.
+    """
+
+    tensor_model_parallel_size: int = Field(ge=1)
+    pipeline_model_parallel_size: int = Field(ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = Field(None, ge=1)
+    num_layers_in_last_pipeline_stage: int | None = Field(None, ge=1)
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    ddp_bucket_size: int | None = Field(None, ge=1)
+    distributed_timeout_minutes: int = Field(30, ge=1)
+
+    @model_validator(mode="after")
+    def _agree(self) -> LayoutConfig:
+        uneven = self.num_layers_in_first_pipeline_stage or self.num_layers_in_last_pipeline_stage
+        pipelined = self.pipeline_model_parallel_size > 1
+        for wrong, rule in (
+            (
+                self.sequence_parallel and self.tensor_model_parallel_size == 1,
+                "sequence_parallel needs tensor_model_parallel_size of 2 or more; set it to false",
+            ),
+            (
+                self.virtual_pipeline_model_parallel_size and not pipelined,
+                "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more; "
+                "delete it",
+            ),
+            (
+                uneven and not pipelined,
+                "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
+                "pipeline_model_parallel_size of 2 or more; delete them",
+            ),
+            (
+                self.overlap_param_gather and not self.overlap_grad_reduce,
+                "overlap_param_gather needs overlap_grad_reduce; set it to true",
+            ),
+        ):
+            if wrong:
+                raise ValueError(rule)
+        return self
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that fits its GPUs, model and batch.
+
+    Attributes:
+        config: the section of the recipe.
+        world_size: ranks in all, tp × pp × dp.
+        dp: copies of the model.
+        micro_batches: packs that each data-parallel rank computes in a full step.
+    """
+
+    config: LayoutConfig
+    world_size: int
+    dp: int
+    micro_batches: int
+
+    @property
+    def tp(self) -> int:
+        return self.config.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.config.pipeline_model_parallel_size
+
+    @property
+    def vpp(self) -> int:
+        """Chunks of layers on each stage; 1 without interleaving."""
+        return self.config.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the micro-batches of a rank must be a multiple of, in training and in evaluation."""
+        return _micro_batch_multiple(self.config)
+
+
+def resolve(
+    config: LayoutConfig, arch: Arch, *, world_size: int, global_batch_size: int, tokens_per_pack: int
+) -> Layout:
+    """Checks that the degrees divide GPUs, model and batch.
+
+    Raises LayoutError with a line for each rule that is broken and the numbers that would keep it.
+    """
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    problems = [*_tensor_problems(tp, arch), *_layer_problems(config, arch.num_layers)]
+    if config.sequence_parallel and tokens_per_pack % tp:
+        problems.append(
+            f"sequence_parallel: tp {tp} does not divide tokens_per_pack {tokens_per_pack}; "
+            f"{_neighbours(tokens_per_pack, tp)} would fit"
+        )
+    if world_size % (tp * pp):
+        problems.append(
+            f"tp {tp} × pp {pp} = {tp * pp} does not divide {world_size} GPUs; "
+            f"{_neighbours(world_size, tp * pp)} would"
+        )
+        raise LayoutError("\n".join(problems))
+    dp, multiple = world_size // (tp * pp), _micro_batch_multiple(config)
+    if global_batch_size % (dp * multiple):
+        factors = f"dp {dp} × pp {pp} = {dp * pp} (interleaved stages)" if multiple > 1 else f"dp {dp}"
+        problems.append(
+            f"global_batch_size {global_batch_size} is not a multiple of {factors}; "
+            f"{_neighbours(global_batch_size, dp * multiple)} would be"
+        )
+    if problems:
+        raise LayoutError("\n".join(problems))
+    return Layout(config, world_size, dp, global_batch_size // dp)
+
+
+def layers_of_stage(layout: Layout, arch: Arch) -> list[list[list[int]]]:
+    """`[pp_rank][vp_stage]` holds the global numbers of the layers there, by megatron-core's rule.
+
+    Layers run through chunk 0 of every stage, then chunk 1 of every stage, and so on. Uneven first and last
+    stages are divided into their chunks like all others (`get_num_layers_to_build`).
+    """
+    stages: list[list[list[int]]] = [[] for _ in range(layout.pp)]
+    per_stage = _layers_per_stage(layout.config, arch.num_layers)
+    first = 0
+    for _ in range(layout.vpp):
+        for stage, count in zip(stages, per_stage, strict=True):
+            chunk = count // layout.vpp
+            stage.append(list(range(first, first + chunk)))
+            first += chunk
+    return stages
+
+
+def _micro_batch_multiple(config: LayoutConfig) -> int:
+    return config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
+
+
+def _tensor_problems(tp: int, arch: Arch) -> list[str]:
+    divided = {
+        f"{arch.num_attention_heads} attention heads": arch.num_attention_heads,
+        f"{arch.num_query_groups} KV groups": arch.num_query_groups,
+        f"an FFN of {arch.ffn_hidden_size}": arch.ffn_hidden_size,
+    }
+    broken = [what for what, size in divided.items() if size % tp]
+    if not broken:
+        return []
+    fits = _divisors(gcd(*divided.values()))
+    return [f"tp {tp} does not divide {' and '.join(broken)}; {_or(fits)} would"]
+
+
+def _layers_per_stage(config: LayoutConfig, num_layers: int) -> list[int]:
+    """Layers on each stage; what is left over is floored, `_layer_problems` refuses it beforehand."""
+    first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    ends = [count for count in (first, last) if count is not None]
+    middle = config.pipeline_model_parallel_size - len(ends)
+    counts = [(num_layers - sum(ends)) // middle if middle else 0] * middle
+    return ([first] if first is not None else []) + counts + ([last] if last is not None else [])
+
+
+def _layer_problems(config: LayoutConfig, num_layers: int) -> list[str]:
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    if first is None and last is None:
+        if num_layers % (pp * vpp) == 0:
+            return []
+        if num_layers % pp == 0:
+            chunks = [n for n in _divisors(num_layers // pp) if n > 1]
+            remedy = f"vpp {_or(chunks)} would, or none" if chunks else "leave vpp out"
+        else:
+            fits = [n for n in _divisors(num_layers) if n <= 2 * pp]
+            remedy = f"pp {_or(fits)} would, or give num_layers_in_first/last_pipeline_stage"
+        stages = f"pp {pp} × vpp {vpp} = {pp * vpp} chunks" if vpp > 1 else f"pp {pp} stages"
+        return [f"{num_layers} layers do not divide into {stages}; {remedy}"]
+    stages_left = pp - (first is not None) - (last is not None)
+    left = num_layers - (first or 0) - (last or 0)
+    taken = " and ".join(
+        f"{count} on the {end} stage"
+        for end, count in (("first", first), ("last", last))
+        if count is not None
+    )
+    if stages_left == 0:
+        if left:
+            return [f"{taken} of pp {pp} are not the {num_layers} layers of the model; make them add up"]
+    elif left < stages_left or left % stages_left:
+        return [
+            f"{taken} leave {left} of {num_layers} layers for {stages_left} stages of equal size; "
+            f"leave a multiple of {stages_left}"
+        ]
+    return [
+        f"vpp {vpp} does not divide the {count} layers of a stage ({taken}); every stage has vpp equal chunks"
+        for count in dict.fromkeys(_layers_per_stage(config, num_layers))
+        if count % vpp
+    ]
+
+
+def _neighbours(value: int, step: int) -> str:
+    below = value // step * step
+    return _or([below, below + step] if below else [step])
+
+
+def _divisors(value: int) -> list[int]:
+    return [n for n in range(1, value + 1) if value % n == 0]
+
+
+def _or(values: list[int]) -> str:
+    names = [str(value) for value in values]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,43 @@
+"""Decoders: shape facts, weight rules and forward passes. This file owns the table of families.
+
+Importing it costs torch and nothing else; what needs megatron-core is imported from its own module.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .arch import Arch
+from .errors import WeightsError
+from .family import Family
+from .llama import LLAMA
+from .qwen2 import QWEN2
+from .weights import Rule, count_parameters
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+
+
+def arch_from_hf(config: Mapping[str, Any]) -> Arch:
+    """Shape facts from a parsed `config.json`.
+
+    The class in `architectures` decides; a config that names none goes by `model_type`.
+
+    Raises:
+        WeightsError: an unknown architecture, or a key that the forward pass does not follow.
+    """
+    names = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if set(names) & set(family.architectures) or (not names and config.get("model_type") == family.name):
+            return family.read_arch(config)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    found = ", ".join(names) or f"none, and model_type {config.get('model_type')!r}"
+    raise WeightsError(f"config.json architectures: read {found}; known are {known}")
+
+
+def rules_for(arch: Arch) -> tuple[Rule, ...]:
+    """One rule for each native tensor, in the order of the forward pass."""
+    return FAMILIES[arch.family].rules(arch)
+
+
+def parameter_count(arch: Arch) -> int:
+    """Parameters of the model, exact; a tied head counts once, vocabulary padding not at all."""
+    return count_parameters(rules_for(arch))

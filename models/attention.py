@@ -1,0 +1,148 @@
+"""Packed core attention: rotary embedding from positions, key gather, then the kernel in use behind one name.
+
+Shape suffixes: T query rows, U keys, H query heads of this rank, G key heads of this rank, D channels a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arch import Arch
+from .mcore import MegatronModule
+from .segments import Segments
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
+
+
+def inverse_frequencies(arch: Arch) -> Tensor:
+    """Rotary frequencies θ^(−2i/D), i = 0 … D/2 − 1 (RoFormer, arXiv 2104.09864); float32 (D/2,).
+
+    With `rope_scaling` the wavelengths are stretched as Llama 3.1 does: those longer than
+    `original / low_freq_factor` by `factor`, those shorter than `original / high_freq_factor` not at all,
+    those between by a linear blend of the two.
+    """
+    channels = torch.arange(0, arch.kv_channels, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / arch.rope_theta ** (channels / arch.kv_channels)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return frequencies
+    original = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    stretched = torch.where(
+        wavelengths > original / scaling.low_freq_factor, frequencies / scaling.factor, blend
+    )
+    return torch.where(wavelengths < original / scaling.high_freq_factor, frequencies, stretched)
+
+
+def rotary_table(positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for each row, (T, 1, 1, D), halves repeated; angles in float32, then cast to `dtype`."""
+    angles = torch.outer(positions_T.float(), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + D/2) of x (T, 1, heads, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def sdpa_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """torch's scaled-dot-product attention, one call a segment; (T, H, D). The CPU path.
+
+    The padding tail is computed too: in a pack without samples every parameter must still receive a gradient
+    of zero, or an overlapped gradient reduction would wait for it.
+    """
+    grouped = q_THD.shape[1] != k_UGD.shape[1]
+    outputs = []
+    for row, row_end, key, key_end in segments.bounds:
+        n_rows, n_keys = row_end - row, key_end - key
+        mask = None
+        if n_rows != n_keys:  # shared keys: the last query row sees the last key
+            mask = torch.ones(n_rows, n_keys, dtype=torch.bool, device=q_THD.device).tril(n_keys - n_rows)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD[row:row_end], k_UGD[key:key_end], v_UGD[key:key_end]))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def varlen_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """torch's variable-length flash attention, one launch a pack; (T, H, D). CUDA, fp16 and bf16 only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q_THD.shape[1] != k_UGD.shape[1]:
+        # torch 2.11 has no enable_gqa here; the copy costs G/H of the projections' output.
+        groups = q_THD.shape[1] // k_UGD.shape[1]
+        k_UGD, v_UGD = k_UGD.repeat_interleave(groups, dim=1), v_UGD.repeat_interleave(groups, dim=1)
+    out = varlen_attn(
+        q_THD.contiguous(),
+        k_UGD.contiguous(),
+        v_UGD.contiguous(),
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_kv,
+        segments.max_seqlen_q,
+        segments.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0),
+    )
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The fastest kernel that serves this device and dtype."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return varlen_attention
+    return sdpa_attention
+
+
+class PackedAttention(MegatronModule):
+    """Megatron's `core_attention` for packs: causal inside each segment, rotary from `Segments.rope`."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        del layer_number, attn_mask_type, attention_type, cp_comm_type, pg_collection
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> Tensor:
+        """query (T, 1, H, D), key and value (T, 1, G, D) to (T, 1, H·D)."""
+        del attention_mask, attn_mask_type, attention_bias
+        assert packed_seq_params is not None, "every batch is a pack"
+        segments = packed_seq_params
+        if segments.rope is not None:
+            query, key = apply_rotary(query, *segments.rope), apply_rotary(key, *segments.rope)
+        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if segments.kv_index is not None:
+            k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
+        out = choose_kernel(q.device, q.dtype)(q, k, v, segments, self.scale)
+        return out.reshape(out.shape[0], 1, -1)

@@ -1,0 +1,206 @@
+"""Decoder: embedding, transformer block and head of one pipeline stage. Composes Megatron's parts and ours.
+
+Shape suffixes: T rows of a pack, B = 1 (a micro-batch is one pack), H hidden size, R rows with a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .arch import Arch
+from .attention import inverse_frequencies, rotary_table
+from .mcore import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    IdentityOp,
+    LanguageModelEmbedding,
+    LanguageModule,
+    MLPSubmodules,
+    ModelType,
+    ModuleSpec,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_num_layers_to_build,
+    tensor_parallel,
+)
+from .segments import Segments
+
+
+class TokenLogprob(Protocol):
+    """log p(label | row) for R rows whose vocabulary is divided over `group`; see engine/kernels."""
+
+    def __call__(
+        self, hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor, *, vocab_size: int, group: Any
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules and operations a decoder is built from; the engine chooses them, so that models know no kernel."""
+
+    norm: type
+    core_attention: type
+    token_logprob: TokenLogprob
+
+
+class LogProbHead(ColumnParallelLinear):
+    """The language-model head: log-probabilities of the labelled rows, never the logits of a whole pack.
+
+    It is a called module that owns its weight, so that DDP's hooks fire in order; a pack without labels still
+    runs it on zero rows, or an overlapped gradient reduction would wait for ever.
+    """
+
+    def __init__(self, *args: Any, vocab_size: int, token_logprob: TokenLogprob, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocab_size = vocab_size
+        self.token_logprob = token_logprob
+
+    def forward(  # type: ignore[override]
+        self, hidden_TBH: Tensor, labels_T: Tensor, loss_rows: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Float32 (T,): log p(label) where a row has one, 0 elsewhere."""
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_TBH, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TBH, group=self.tp_group)
+        logprob_R = self.token_logprob(
+            hidden[:, 0].index_select(0, loss_rows),
+            self.weight if weight is None else weight,
+            labels_T.index_select(0, loss_rows),
+            vocab_size=self.vocab_size,
+            group=self.tp_group,
+        )
+        zeros = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=labels_T.device)
+        return zeros.index_put((loss_rows,), logprob_R)
+
+
+def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
+    """One decoder layer: pre-norm attention and gated MLP, each with its residual."""
+    del arch  # Llama and Qwen2 differ in a flag of TransformerConfig only
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=parts.core_attention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class Decoder(LanguageModule):
+    """One stage of a decoder-only language model.
+
+    Args:
+        config: Megatron's, for this layout.
+        arch: shape facts of the whole model.
+        parts: modules and operations to build from.
+        padded_vocab_size: vocabulary rounded up to a multiple of the tensor-parallel degree.
+        pre_process, post_process: whether this stage embeds tokens, and whether it owns the head.
+        vp_stage: which chunk of the rank's interleaved chunks this is, or None.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        arch: Arch,
+        parts: Parts,
+        *,
+        padded_vocab_size: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config, ProcessGroupCollection.use_mpu_process_groups())
+        self.arch = arch
+        self.vp_stage = vp_stage
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = arch.tied
+        self.model_type = ModelType.encoder_or_decoder
+        groups = self.pg_collection
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, padded_vocab_size, 0, position_embedding_type="rope", tp_group=groups.tp
+            )
+        layers = [layer_spec(arch, parts)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = LogProbHead(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and arch.tied,
+                tp_group=groups.tp,
+                vocab_size=arch.vocab_size,
+                token_logprob=parts.token_logprob,
+            )
+        self.register_buffer("rope_frequencies", inverse_frequencies(arch), persistent=False)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedule hands over the previous stage's hidden states here."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens_T: Tensor, labels_T: Tensor, loss_rows: Tensor, segments: Segments) -> Tensor:
+        """Hidden states (T, 1, H) for the next stage, or, on the last, float32 log-probabilities (T,)."""
+        segments.rope = rotary_table(segments.positions_T, self.rope_frequencies, self.config.params_dtype)
+        hidden = self.embedding(input_ids=tokens_T[None], position_ids=None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=segments)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.arch.tied else None
+        return self.output_layer(hidden, labels_T, loss_rows, weight)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters under the names of the weight rules: layers are counted over the whole model.
+
+        The copy of tied embeddings that the last stage keeps comes under the embedding's name.
+        """
+        for name, parameter in self.named_parameters():
+            if name.startswith("decoder.layers."):
+                local, rest = name.removeprefix("decoder.layers.").split(".", 1)
+                name = f"decoder.layers.{self.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            elif name == "output_layer.weight" and self.arch.tied:
+                name = "embedding.word_embeddings.weight"
+            yield name, parameter

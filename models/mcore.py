@@ -1,0 +1,97 @@
+"""The only door to megatron-core: installs the host hook, then names the parts in use. Nobody else imports it."""
+
+import logging
+import warnings
+
+from . import host
+
+ON_HOST = host.install()
+
+with warnings.catch_warnings():
+    # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType, ModelType
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+# The same absences again, at every construction of a layer.
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+__all__ = [
+    "MLP",
+    "ON_HOST",
+    "AsyncCallsQueue",
+    "AttnMaskType",
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "DistributedOptimizer",
+    "FullyParallelLoadStrategyWrapper",
+    "FullyParallelSaveStrategyWrapper",
+    "IdentityOp",
+    "LanguageModelEmbedding",
+    "LanguageModule",
+    "MLPSubmodules",
+    "MegatronModule",
+    "ModelType",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "PackedSeqParams",
+    "ProcessGroupCollection",
+    "RowParallelLinear",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
+    "ShardedObject",
+    "TorchDistSaveShardedStrategy",
+    "TransformerBlock",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "TransformerLayer",
+    "TransformerLayerSubmodules",
+    "clip_grad_by_total_norm_fp32",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "get_bias_dropout_add",
+    "get_default_load_sharded_strategy",
+    "get_forward_backward_func",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "make_sharded_tensors_for_checkpoint",
+    "parallel_state",
+    "tensor_parallel",
+]

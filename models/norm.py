@@ -1,0 +1,38 @@
+"""RMSNorm that sequence parallelism can use. Owns the module; the arithmetic is torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mcore import make_sharded_tensors_for_checkpoint
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x²) + ε) · weight over the last dimension (arXiv 1910.07467), statistics in fp32.
+
+    megatron-core's own refuses sequence parallelism. Under it each rank sees only its rows, so the weight's
+    gradient must be summed over the tensor-parallel group: `sequence_parallel` on the weight asks for that.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        del unused
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The weight, whole on every rank, as Megatron's checkpoints describe it."""
+        del metadata
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {}, sharded_offsets
+        )

@@ -1,0 +1,25 @@
+"""The Qwen2 and Qwen2.5 family: Llama with biases on q, k and v. Owns no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .arch import Arch, read_arch, refuse_unless
+from .errors import WeightsError
+from .family import Family
+from .llama import llama_rules
+
+
+def qwen2_arch(config: Mapping[str, Any]) -> Arch:
+    """Reads a Qwen2 `config.json`; raises WeightsError."""
+    refuse_unless(config, "use_sliding_window", False)
+    windowed = set(config.get("layer_types") or ()) - {"full_attention"}
+    if windowed:
+        raise WeightsError(
+            f"config.json layer_types: read {sorted(windowed)}; only 'full_attention' is supported"
+        )
+    return read_arch(config, family="qwen2", qkv_bias=True)
+
+
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), qwen2_arch, llama_rules, chat_format="chatml")

@@ -1,0 +1,37 @@
+"""Segments: who attends to whom in a pack. Owns the description, not the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from .mcore import PackedSeqParams
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """T rows of a pack divided into S segments; a row attends causally inside its own segment.
+
+    It travels as Megatron's `packed_seq_params`, with `qkv_format="sbhd"`: the pack is a sequence of
+    length T at batch size 1, so that Megatron keeps its own packed RoPE out of the way (it wants as many
+    keys as queries and syncs the host in every layer).
+
+    Attributes:
+        cu_seqlens_q: int32 (S+1,), first query row of each segment; ends at T.
+        cu_seqlens_kv: int32 (S+1,), the same for keys; differs from `cu_seqlens_q` only if keys are shared.
+        max_seqlen_q, max_seqlen_kv: longest segment, Python ints, so that no kernel asks the device.
+        positions_T: int64 (T,), position of each row in its sample; RoPE reads these and nothing else.
+        kv_index: int64 (cu_seqlens_kv[-1],), the row each key is read from; None if key i is row i.
+        n_real: rows before the padding tail.
+        bounds: for each segment the Python ints (first row, end row, first key, end key), for kernels that
+            loop over segments.
+        rope: cos and sin of each row, (T, 1, 1, D); the decoder computes them once for all its layers.
+    """
+
+    positions_T: Tensor = cast(Tensor, None)
+    kv_index: Tensor | None = None
+    n_real: int = 0
+    bounds: tuple[tuple[int, int, int, int], ...] = ()
+    rope: tuple[Tensor, Tensor] | None = None

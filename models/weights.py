@@ -1,0 +1,212 @@
+"""Rules that say how Hugging Face tensors become native ones. Owns the moves, not the files or families.
+
+A rule states one thing: which stretches of which Hugging Face tensors follow one another in the share of a
+tensor-parallel rank. Slicing (import), joining (export), shapes and verification all derive from it. Moves
+are exact, so that a round trip is bit-equal in any dtype. No model, process group or GPU is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import WeightsError
+
+Shape = tuple[int, ...]
+Read = Callable[[str], Tensor]  # a tensor by its Hugging Face name; best memory-mapped
+
+
+class Piece(NamedTuple):
+    """Indices `start:stop` along the split dimension of the Hugging Face tensor `rule.hf[source]`."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One native tensor made of one Hugging Face tensor, whole on every rank or cut evenly along `split`.
+
+    Subclasses make it of several, in another order, by stating other pieces.
+
+    Attributes:
+        native: Megatron's name; layers are numbered over the whole model, not within a pipeline stage.
+        hf: Hugging Face's names.
+        hf_shapes: one shape for each of `hf`.
+        split: the dimension that tensor parallelism divides, or None if every rank holds the whole tensor.
+    """
+
+    native: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
+    split: int | None = None
+    _unit: ClassVar[str] = "rows or columns"
+
+    @property
+    def native_shape(self) -> Shape:
+        """Shape of the whole native tensor, without padding."""
+        return _resized(self.hf_shapes[0], self._dim, sum(shape[self._dim] for shape in self.hf_shapes))
+
+    def shard_shape(self, tp_size: int) -> Shape:
+        """Shape of the share of each rank, padding included.
+
+        Raises:
+            WeightsError: `tp_size` does not divide the tensor.
+        """
+        return _resized(self.native_shape, self._dim, self._extent(tp_size))
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        """What follows one another along the split dimension in the share of `tp_rank`.
+
+        Raises:
+            WeightsError: `tp_size` does not divide the tensor.
+        """
+        extent = self._extent(tp_size)
+        start = 0 if self.split is None else tp_rank * extent
+        return [Piece(0, start, start + extent)]
+
+    def slice(self, read: Read, tp_rank: int, tp_size: int) -> Tensor:
+        """The share of one rank, contiguous, in the dtype that was read, on the device that was read from.
+
+        Args:
+            read: gives a tensor by its Hugging Face name; only the stretches that are used are touched.
+            tp_rank, tp_size: tensor-parallel coordinate and degree.
+
+        Raises:
+            WeightsError: a tensor has another shape than the rule says, or `tp_size` does not divide it.
+        """
+        sources = [read(name) for name in self.hf]
+        for name, source, expected in zip(self.hf, sources, self.hf_shapes):
+            check_shape(name, source.shape, expected)
+        parts = [sources[i].narrow(self._dim, a, b - a) for i, a, b in self.pieces(tp_rank, tp_size)]
+        missing = self._extent(tp_size) - sum(part.shape[self._dim] for part in parts)
+        if missing:
+            parts.append(sources[0].new_zeros(_resized(sources[0].shape, self._dim, missing)))
+        return torch.cat(parts, self._dim)
+
+    def join(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The inverse of `slice`: Hugging Face tensors by name, from the shares of all ranks in rank order.
+
+        Of a tensor that is not split, one copy is enough; if more are given they must be equal.
+
+        Raises:
+            WeightsError: a share has another shape than the rule says, or copies of one tensor differ.
+        """
+        tp_size = len(shards)
+        for shard in shards:
+            check_shape(self.native, shard.shape, self.shard_shape(tp_size))
+        if self.split is None:
+            if not all(bit_equal(shards[0], shard) for shard in shards[1:]):
+                raise WeightsError(
+                    f"{self.native}: tensor-parallel ranks hold copies that differ; they must stay equal"
+                )
+            shards, tp_size = shards[:1], 1
+        joined = [shards[0].new_empty(shape) for shape in self.hf_shapes]
+        for tp_rank, shard in enumerate(shards):
+            at = 0
+            for source, start, stop in self.pieces(tp_rank, tp_size):
+                length = stop - start
+                joined[source].narrow(self._dim, start, length).copy_(shard.narrow(self._dim, at, length))
+                at += length
+        return dict(zip(self.hf, joined))
+
+    @property
+    def _dim(self) -> int:
+        return self.split or 0
+
+    def _extent(self, tp_size: int) -> int:
+        """Length of each rank's share along the split dimension."""
+        size = self.native_shape[self._dim]
+        return size if self.split is None else size // self._units * self._share(tp_size)
+
+    @property
+    def _units(self) -> int:
+        """Of what each rank holds a whole number: rows, unless a subclass keeps some of them together."""
+        return self.native_shape[self._dim]
+
+    def _share(self, tp_size: int) -> int:
+        """Units of each rank."""
+        if self._units % tp_size:
+            fitting = [str(n) for n in (1, 2, 4, 8, 16, 32, 64) if self._units % n == 0]
+            raise WeightsError(
+                f"{self.native}: {self._units} {self._unit} do not divide by tp {tp_size}; "
+                f"tp {', '.join(fitting)} would do"
+            )
+        return self._units // tp_size
+
+
+class Vocabulary(Rule):
+    """A tensor with a row for each token, padded with rows of zeros to a multiple of the degree."""
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        rows, share = self._units, self._share(tp_size)
+        start = min(tp_rank * share, rows)
+        return [Piece(0, start, min(start + share, rows))]
+
+    def _share(self, tp_size: int) -> int:
+        return -(-self._units // tp_size)
+
+
+class GateUp(Rule):
+    """Gate and up projections of SwiGLU: each rank holds its rows of the gate, then the same rows of up."""
+
+    _unit: ClassVar[str] = "rows of gate and of up"
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        share = self._share(tp_size)
+        return [Piece(source, tp_rank * share, (tp_rank + 1) * share) for source in (0, 1)]
+
+    @property
+    def _units(self) -> int:
+        return self.hf_shapes[0][0]
+
+
+@dataclass(frozen=True)
+class StackQKV(Rule):
+    """q, k and v, by query group: the group's query heads, its key head, its value head."""
+
+    num_query_groups: int = 1
+    _unit: ClassVar[str] = "query groups (key-value heads)"
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        share = self._share(tp_size)
+        heights = [shape[0] // self.num_query_groups for shape in self.hf_shapes]
+        return [
+            Piece(source, group * height, (group + 1) * height)
+            for group in range(tp_rank * share, (tp_rank + 1) * share)
+            for source, height in enumerate(heights)
+        ]
+
+    @property
+    def _units(self) -> int:
+        return self.num_query_groups
+
+
+def count_parameters(rules: Iterable[Rule]) -> int:
+    """Parameters of the model that the rules describe, exact; a tied head counts once, padding not at all."""
+    return sum(math.prod(rule.native_shape) for rule in rules)
+
+
+def check_shape(name: str, found: Sequence[int], expected: Shape) -> None:
+    """Raises WeightsError unless a tensor has the shape that the config calls for."""
+    if tuple(found) != expected:
+        raise WeightsError(
+            f"{name}: found shape {tuple(found)}, expected {expected}; do config and weights belong together?"
+        )
+
+
+def bit_equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; so NaN equals itself and 0.0 is not -0.0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def _resized(shape: Sequence[int], dim: int, size: int) -> Shape:
+    return (*shape[:dim], size, *shape[dim + 1 :])

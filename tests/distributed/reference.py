@@ -1,0 +1,108 @@
+"""What the engine is held against: transformers, one process, one sample at a time, nothing packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sample = tuple[list[int], list[bool]]  # tokens, and which of them are learned
+
+LR, WEIGHT_DECAY, CLIP, STEPS = 1e-3, 0.1, 1.0, 3
+BETAS, EPS = (0.9, 0.95), 1e-8
+
+
+def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
+    """A random fp32 model: Llama with grouped queries and an untied head, or Qwen2 with biases and a tied one."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    shape = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=251,  # no degree of parallelism divides it
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, tie_word_embeddings=False))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, rms_norm_eps=1e-6, tie_word_embeddings=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.float()
+
+
+def make_samples(n: int = 24, *, longest: int = 60, seed: int = 3) -> list[Sample]:
+    """Lengths and shares of learned tokens that differ widely, single-token answers among them."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    samples: list[Sample] = []
+    for i in range(n):
+        length = draw(2, 8) if i % 3 == 0 else draw(8, longest)
+        prompt = draw(1, length) if i % 4 else length - 1
+        tokens = torch.randint(0, 251, (length,), generator=generator).tolist()
+        samples.append((tokens, [position >= prompt for position in range(length)]))
+    return samples
+
+
+@dataclass
+class Reference:
+    """State before training, first loss and gradients, first gradient norm, losses before steps 0 … STEPS."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    grad_norm: float
+    losses: list[float]
+
+
+def loss_of(model: Any, samples: Sequence[Sample], *, backward: bool) -> float:
+    """Mean negative log-likelihood over all learned tokens of all samples."""
+    count = sum(sum(mask[1:]) for _, mask in samples)
+    total = 0.0
+    for tokens, mask in samples:
+        ids = torch.tensor(tokens)
+        labels = torch.where(torch.tensor(mask), ids, -100)[1:]
+        with torch.set_grad_enabled(backward):
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
+            if backward:
+                loss.backward()
+        total += loss.item()
+    return total
+
+
+def make_reference(family: str, samples: Sequence[Sample]) -> Reference:
+    model = tiny_model(family)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+    )
+    losses, gradients, grad_norm = [], {}, 0.0
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses.append(loss_of(model, samples, backward=True))
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+        grad_norm = grad_norm or norm
+        optimizer.step()
+    losses.append(loss_of(model, samples, backward=False))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    return Reference(config, weights, gradients, grad_norm, losses)
