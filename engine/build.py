@@ -25,7 +25,7 @@ from .layout import Layout
 from .mesh import Mesh
 from .model import ModelConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Read = Callable[[str], torch.Tensor]  # a tensor by its Hugging Face name
 
 
@@ -33,9 +33,7 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(
-    arch: Arch, layout: Layout, model: ModelConfig
-) -> TransformerConfig:
+def transformer_config(arch: Arch, layout: Layout, model: ModelConfig) -> TransformerConfig:
     """Megatron's configuration of one model at one layout."""
     parallel = layout.config
     dtype = DTYPES[model.dtype]
@@ -167,7 +165,8 @@ def wrap_for_data_parallel(
         bucket_size=parallel.ddp_bucket_size,
     )
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = _finalize_gradients
     if parallel.overlap_grad_reduce:

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,14 +36,13 @@ class Section(BaseModel):
 def decode(model: type[SectionT], tree: Mapping[str, Any], marks: Marks, path: Path) -> SectionT:
     """Turns a tree into a section, with `~` and `${VARIABLE}` expanded in every text.
 
-    Types are strict: "2" is no integer and 1 is no boolean. Raises one RecipeError, a line for each problem.
+    Raises one RecipeError with a line for each problem.
     """
     problems: list[str] = []
     expanded = _expand(tree, (), marks, str(path), problems)
     if not problems:
         try:
-            # A tree of YAML is one of JSON, and only pydantic's JSON mode is strict yet takes text as a path.
-            return model.model_validate_json(json.dumps(expanded), strict=True)
+            return model.model_validate(expanded)
         except ValidationError as error:
             problems = _describe(error.errors(include_url=False), model, expanded, marks, str(path))
     raise RecipeError("\n".join(problems))
@@ -64,28 +64,23 @@ def _expand(value: Any, key: Key, marks: Marks, path: str, problems: list[str]) 
 def _describe(
     errors: Sequence[ErrorDetails], model: type[Section], tree: Any, marks: Marks, path: str
 ) -> list[str]:
-    """One line for each faulty key: a union reports a key once for each of its members."""
-    found: dict[Key, tuple[str, list[str]]] = {}
+    """One line for each faulty key, in pydantic's order."""
+    said: dict[Key, str] = {}
+    expected: dict[Key, list[str]] = defaultdict(list)  # a union reports a key once for each of its members
     for error in errors:
         kind, key = error["type"], error["loc"]
         if kind == "missing":
-            found[key] = ("missing", [_meaning(_section_at(model, key[:-1]), str(key[-1]))])
+            said[key] = f"missing{_meaning(_section_at(model, key[:-1]), str(key[-1]))}"
         elif kind == "extra_forbidden":
-            found[key] = ("unknown key", [_suggest_key(model, key)])
+            said[key] = f"unknown key{_suggest_key(model, key)}"
+        elif kind == "value_error":  # from a section's own validator, which says it all
+            said[_existing(tree, key)] = str(error["ctx"]["error"])
         else:
             key = _existing(tree, key)
-            said, expected = found.setdefault(key, (f"read {shown(_value_at(tree, key))}", []))
-            if kind in ("value_error", "assertion_error"):
-                found[key] = (str(error["ctx"]["error"]), [""])
-            else:
-                expected.append(_expected(error))
-    lines = []
-    for key, (said, details) in found.items():
-        tail = details[0] if said in ("missing", "unknown key") else ""
-        if said.startswith("read ") and details != [""]:
-            tail = "; expected " + " or ".join(dict.fromkeys(details))
-        lines.append(_line(key, marks, path, said + tail))
-    return lines
+            expected[key].append(_expected(error))
+            rule = " or ".join(dict.fromkeys(expected[key]))
+            said[key] = f"read {shown(_value_at(tree, key))}; expected {rule}"
+    return [_line(key, marks, path, message) for key, message in said.items()]
 
 
 def _line(key: Key, marks: Marks, path: str, message: str) -> str:
@@ -178,11 +173,13 @@ def _value_at(tree: Any, key: Key) -> Any:
 
 
 def shown(value: Any) -> str:
+    """A value as an error quotes it, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def dotted(key: Key) -> str:
+    """A key as it is written: `data.train[0]`."""
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in key).lstrip(".")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from paralign.models import rules_for
 from paralign.models.errors import LayoutError
+from paralign.models.weights import Rule
 
 from .config import Section
 
@@ -156,6 +159,26 @@ def layers_of_stage(layout: Layout, arch: Arch) -> list[list[list[int]]]:
     return stages
 
 
+def stage_rules(layout: Layout, arch: Arch) -> list[list[Rule]]:
+    """For each pipeline rank the rules of the weights that it owns, in the order of the forward pass.
+
+    Together each rule once: the last stage's copy of tied embeddings belongs to the first.
+    """
+    stage_of = {
+        layer: stage
+        for stage, chunks in enumerate(layers_of_stage(layout, arch))
+        for chunk in chunks
+        for layer in chunk
+    }
+    stages: list[list[Rule]] = [[] for _ in range(layout.pp)]
+    for rule in rules_for(arch):
+        if layer := re.match(r"decoder\.layers\.(\d+)\.", rule.native):
+            stages[stage_of[int(layer[1])]].append(rule)
+        else:
+            stages[0 if rule.native.startswith("embedding.") else -1].append(rule)
+    return stages
+
+
 def _micro_batch_multiple(config: LayoutConfig) -> int:
     return config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
 
@@ -206,6 +229,10 @@ def _layer_problems(config: LayoutConfig, num_layers: int) -> list[str]:
     if stages_left == 0:
         if left:
             return [f"{taken} of pp {pp} are not the {num_layers} layers of the model; make them add up"]
+        if vpp > 1:  # megatron-core 0.16 divides by the number of stages in between
+            return [
+                "vpp needs a stage whose layers are not given; give only num_layers_in_first_pipeline_stage"
+            ]
     elif left < stages_left or left % stages_left:
         return [
             f"{taken} leave {left} of {num_layers} layers for {stages_left} stages of equal size; "

@@ -69,29 +69,35 @@ def local_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def open_world(*, rank: int, world_size: int, local_rank: int, timeout_minutes: int, store: Any = None) -> Iterator[None]:
+def open_world(
+    *, rank: int, world_size: int, local_rank: int, timeout_minutes: int, store: Any = None
+) -> Iterator[Any]:
     """Join the process group of all ranks, NCCL on GPUs and gloo elsewhere; leave it at the end.
 
     Args:
-        store: rendezvous; None reads MASTER_ADDR and MASTER_PORT.
+        store: where the ranks meet; None takes torch's, from MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE.
+
+    Returns:
+        The store.
     """
     device = local_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if store is None:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=world_size,
         store=store,
-        init_method=None if store is not None else "env://",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield store
+    # Not after an error: it would wait for ranks that wait for this one.
+    dist.destroy_process_group()
 
 
 @contextmanager

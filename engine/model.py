@@ -36,7 +36,9 @@ class ModelConfig(Section):
     def _agree(self) -> ModelConfig:
         details = (self.recompute_method, self.recompute_num_layers)
         if self.recompute_granularity and None in details:
-            raise ValueError("recompute_granularity needs recompute_method and recompute_num_layers; give both")
+            raise ValueError(
+                "recompute_granularity needs recompute_method and recompute_num_layers; give both"
+            )
         if not self.recompute_granularity and details != (None, None):
             raise ValueError(
                 "recompute_method and recompute_num_layers need recompute_granularity; set it to full"

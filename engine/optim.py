@@ -54,7 +54,11 @@ class Optimizer:
     """
 
     def __init__(
-        self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, layout: Layout, dtype: torch.dtype
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        config: OptimizerConfig,
+        layout: Layout,
+        dtype: torch.dtype,
     ) -> None:
         self.chunks = list(chunks)
         self.config = config

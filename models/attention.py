@@ -70,7 +70,9 @@ def sdpa_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segmen
         mask = None
         if n_rows != n_keys:  # shared keys: the last query row sees the last key
             mask = torch.ones(n_rows, n_keys, dtype=torch.bool, device=q_THD.device).tril(n_keys - n_rows)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD[row:row_end], k_UGD[key:key_end], v_UGD[key:key_end]))
+        q, k, v = (
+            x.transpose(0, 1)[None] for x in (q_THD[row:row_end], k_UGD[key:key_end], v_UGD[key:key_end])
+        )
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
-
 from torch import Tensor
 
 from .mcore import PackedSeqParams
@@ -30,7 +28,7 @@ class Segments(PackedSeqParams):
         rope: cos and sin of each row, (T, 1, 1, D); the decoder computes them once for all its layers.
     """
 
-    positions_T: Tensor = cast(Tensor, None)
+    positions_T: Tensor = None  # type: ignore[assignment]  # the base class has defaults
     kv_index: Tensor | None = None
     n_real: int = 0
     bounds: tuple[tuple[int, int, int, int], ...] = ()

@@ -112,7 +112,8 @@ class Rule:
             at = 0
             for source, start, stop in self.pieces(tp_rank, tp_size):
                 length = stop - start
-                joined[source].narrow(self._dim, start, length).copy_(shard.narrow(self._dim, at, length))
+                part = shard.detach().narrow(self._dim, at, length)
+                joined[source].narrow(self._dim, start, length).copy_(part)
                 at += length
         return dict(zip(self.hf, joined))
 

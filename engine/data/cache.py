@@ -26,7 +26,7 @@ import numpy as np
 from paralign.models.errors import DataError
 
 from .config import DataConfig
-from .encode import Encoded, Recipe, encode_files
+from .encode import Encoded, Rendering, encode_files
 from .render import template_text
 from .sources import record_format
 
@@ -106,9 +106,9 @@ class TokenCache:
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
-            table = np.load(directory / "samples.npz")
-            lengths, n_loss = table["lengths"], table["n_loss"]
-            lines, sources = table["lines"], table["sources"]
+            with np.load(directory / "samples.npz") as table:
+                lengths, n_loss = table["lengths"], table["n_loss"]
+                lines, sources = table["lines"], table["sources"]
             tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
             learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError) as error:
@@ -217,18 +217,20 @@ def _digest(path: Path) -> bytes:
 def _build(
     directory: Path, config: DataConfig, files: Sequence[Path], tokenizer_dir: Path, progress: bool
 ) -> None:
-    recipe = Recipe(tokenizer_dir, template_text(config.chat_template), config.loss_on)
+    rendering = Rendering(tokenizer_dir, template_text(config.chat_template), config.loss_on)
     formats = [record_format(path, config.format) for path in files]
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         with _advance(files, shown=progress) as advance:
-            _write(temporary, encode_files(files, formats, recipe, config.workers), files, advance)
+            _write(temporary, encode_files(files, formats, rendering, config.workers), files, advance)
         try:
             os.rename(temporary, directory)
         except OSError:
             if not directory.is_dir():
                 raise
+    except OSError as error:
+        raise DataError(f"cache_dir {config.cache_dir}: the cache cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

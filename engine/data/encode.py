@@ -26,12 +26,16 @@ CHUNK_CHARS = 1 << 20  # a task of some tenths of a second
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Rendering:
     """All that decides the tokens of a record, besides the record."""
 
     tokenizer_dir: Path
     template: str | None
     loss_on: LossOn
+
+    def open(self) -> Renderer:
+        """The renderer, which does not travel between processes."""
+        return Renderer(self.tokenizer_dir, self.template, self.loss_on)
 
 
 @dataclass(frozen=True)
@@ -66,27 +70,23 @@ class Encoded:
 
 
 def encode_files(
-    files: Sequence[Path], formats: Sequence[RecordFormat], recipe: Recipe, workers: int
+    files: Sequence[Path], formats: Sequence[RecordFormat], rendering: Rendering, workers: int
 ) -> Iterator[Encoded]:
     """Every record of `files`, in order whatever the number of workers (0: one for each core).
 
     The first chunk is encoded here: a wrong template or a small file needs no process.
 
     Raises:
-        DataError: the first record, in order, that cannot be used; the workers are ended.
+        DataError: a record that cannot be used; the workers are ended.
     """
+    renderer = rendering.open()
     chunks = _chunks(files, formats)
-    yield from (encode(chunk, recipe) for chunk in islice(chunks, 1))
-    n_workers = workers or len(os.sched_getaffinity(0))
-    if n_workers == 1:
-        yield from (encode(chunk, recipe) for chunk in chunks)
-    elif (second := next(chunks, None)) is not None:
-        yield from _in_processes(_prepend(second, chunks), recipe, n_workers)
+    n_workers = workers or _cores()
+    yield from (_encode(chunk, renderer) for chunk in islice(chunks, 1 if n_workers > 1 else None))
+    yield from _in_processes(chunks, rendering, n_workers)
 
 
-def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
-    """One chunk, in this process."""
-    renderer = _renderer(recipe)
+def _encode(chunk: Chunk, renderer: Renderer) -> Encoded:
     samples = []
     for record in chunk.records:
         place = f"{chunk.path}:{record.line}"
@@ -102,17 +102,27 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
     )
 
 
-@lru_cache(maxsize=1)
-def _renderer(recipe: Recipe) -> Renderer:
-    return Renderer(recipe.tokenizer_dir, recipe.template, recipe.loss_on)
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # a cluster job may use fewer cores than the node has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _in_processes(chunks: Iterable[Chunk], recipe: Recipe, n_workers: int) -> Iterator[Encoded]:
-    pool = ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"))
+def _encode_in_worker(chunk: Chunk, rendering: Rendering) -> Encoded:
+    return _encode(chunk, _renderer_of_worker(rendering))
+
+
+@lru_cache(maxsize=1)  # a worker lives for one build, so the tokenizer's files do not change under it
+def _renderer_of_worker(rendering: Rendering) -> Renderer:
+    return rendering.open()
+
+
+def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int) -> Iterator[Encoded]:
+    pool = ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"))  # starts none before a first chunk
     waiting: deque[Future[Encoded]] = deque()  # bounded: the parent reads far faster than workers tokenise
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(encode, chunk, recipe))
+            waiting.append(pool.submit(_encode_in_worker, chunk, rendering))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -137,8 +147,3 @@ def _chunks(files: Sequence[Path], formats: Sequence[RecordFormat]) -> Iterator[
                 records, n_chars = [], 0
         if records:
             yield Chunk(path, source, record_format, tuple(records))
-
-
-def _prepend(first: Chunk, rest: Iterator[Chunk]) -> Iterator[Chunk]:
-    yield first
-    yield from rest

@@ -17,7 +17,7 @@ from paralign.models.segments import Segments
 from ..batch import IGNORE, PackedBatch, StepBatch, Unit
 from .cache import TokenCache
 from .packing import PackPlan, plan_packs
-from .sampler import StepStatistics, assign, packs_of_step, step_statistics, steps_per_epoch
+from .sampler import assign, packs_of_step, steps_per_epoch
 
 TAIL_ROWS = 128  # longest segment of padding: its attention work stays below that of any real pack
 
@@ -106,6 +106,11 @@ class PackLoader:
         # Best-fit decreasing makes as many packs whatever the seed, so all epochs have as many steps.
         self.steps_per_epoch = steps_per_epoch(len(self._plan(0)), global_batch_size)
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the sequence of steps: equal fingerprints give equal samples to equal step numbers."""
+        return f"{self.cache.fingerprint}/{self._global_batch_size}/{self._seed}"
+
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and its number within it."""
         return divmod(step, self.steps_per_epoch)
@@ -130,16 +135,6 @@ class PackLoader:
     def evaluation(self) -> Iterator[StepBatch]:
         """Every sample once, in the order of the first epoch: the same each time."""
         return map(self.step, range(self.steps_per_epoch))
-
-    def statistics(self) -> StepStatistics:
-        """What the steps of the first epoch hold."""
-        return step_statistics(
-            self._plan(0),
-            self.cache.lengths,
-            self.cache.n_loss,
-            tokens_per_pack=self._tokens_per_pack,
-            global_batch_size=self._global_batch_size,
-        )
 
     def _plan_epoch(self, epoch: int) -> PackPlan:
         return plan_packs(self.cache.lengths, self._tokens_per_pack, seed=self._seed, epoch=epoch)

@@ -2,7 +2,7 @@
 
 The whole conversation is rendered and tokenised once, as it is at inference; what is to be learned is found
 in the text and carried over by the tokens' offsets. Tokenising turn by turn instead would forbid merges
-across a boundary (a newline of the template with one of the content) that a served model sees in earlier turns.
+across a boundary (a newline of the template with one of the content) that a served model sees in its history.
 
 Shape suffix: L tokens of a sample.
 """
@@ -76,10 +76,10 @@ class Renderer:
         self._template = template if template is not None else self.tokenizer.get_chat_template()
         self._marks_generation = _GENERATION.search(self._template) is not None
         self._loss_on = loss_on
-        special = {id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._bos = self.tokenizer.bos_token_id
-        eos = {self.tokenizer.eos_token_id} - {None}
-        self._stops = np.array(sorted((special | eos) - {self._bos}), dtype=np.int32)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self._only_bos = [] if bos is None or bos == eos else [bos]
+        special = [id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        self._stops = np.setdiff1d(special + ([] if eos is None else [eos]), self._only_bos)
 
     def __call__(self, conversation: Conversation) -> Rendered:
         """Tokens and learned tokens of one conversation.
@@ -95,7 +95,7 @@ class Renderer:
         encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
         tokens_L = np.array(encoding.ids, dtype=np.int32)
         if self._loss_on == "all":
-            learned_L = tokens_L != (-1 if self._bos is None else self._bos)
+            learned_L = ~np.isin(tokens_L, self._only_bos)
         else:
             learned_L = np.zeros(len(tokens_L), dtype=bool)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T

@@ -98,7 +98,9 @@ class _TokenLogprob(torch.autograd.Function):
         if size > 1:
             dist.all_reduce(stats, group=group)
         log_sum_R = stats[0].log() + top_R
-        ctx.save_for_backward(hidden_RH, weight_VH, local_R, is_local_R, log_sum_R, kept, rescale_R / stats[0])
+        ctx.save_for_backward(
+            hidden_RH, weight_VH, local_R, is_local_R, log_sum_R, kept, rescale_R / stats[0]
+        )
         ctx.real, ctx.chunks = real, chunks
         return stats[1] - log_sum_R
 

@@ -43,7 +43,9 @@ def _serve(rank: int, connection: Connection) -> None:
         task, world_size, port, arguments = pickle.loads(message)
         try:
             store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-            with open_world(rank=rank, world_size=world_size, local_rank=rank, timeout_minutes=2, store=store):
+            with open_world(
+                rank=rank, world_size=world_size, local_rank=rank, timeout_minutes=2, store=store
+            ):
                 answer = (True, task(rank, world_size, *arguments))
         except BaseException:  # the pool reports it
             answer = (False, traceback.format_exc())

@@ -1,0 +1,201 @@
+"""Whether a recipe can run: its parts against each other and against what lies on disk. Runs nothing itself.
+
+Cheap checks come first, so that a wrong layout is told before an hour of tokenising. Needs no megatron-core
+and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.panel import Panel
+
+from paralign.models import parameter_count
+from paralign.models.arch import Arch
+from paralign.models.errors import DataError, RecipeError, WeightsError
+
+from .checkpoint.hf import HFReader, arch_of
+from .data.cache import TokenCache, build_or_open
+from .data.packing import plan_packs
+from .data.sampler import StepStatistics, step_statistics
+from .layout import Layout, layers_of_stage, resolve, stage_rules
+from .observe.metrics import facts_block
+from .recipe import Recipe
+from .schedule import warmup_steps
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a recipe comes to.
+
+    Attributes:
+        layout: resolved for the number of GPUs that was asked about.
+        parameters: of the whole model.
+        parameters_per_rank: of the fullest rank, vocabulary padding included.
+        caches: tokens by set: `train`, and `validation/NAME`.
+        steps: what the training steps of an epoch hold.
+        total_steps: optimizer steps of the run.
+    """
+
+    recipe: Recipe
+    arch: Arch
+    layout: Layout
+    parameters: int
+    parameters_per_rank: int
+    caches: Mapping[str, TokenCache]
+    steps: StepStatistics
+    total_steps: int
+
+    def facts(self) -> dict[str, str]:
+        """The report in words."""
+        layout, steps, train = self.layout, self.steps, self.recipe.train
+        chunks = f", {layout.vpp} chunks a stage" if layout.vpp > 1 else ""
+        epochs = f"{train.epochs} epochs × {steps.steps:,} = " if train.epochs else ""
+        return {
+            "model": f"{self.recipe.model.hf}: {self.arch.family}, {_billions(self.parameters)} parameters, "
+            f"{self.recipe.model.dtype}, from {self.recipe.model.init}",
+            "layout": f"{layout.world_size} GPUs = tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{chunks}; "
+            f"at most {_billions(self.parameters_per_rank)} parameters a GPU",
+            **{name: _described(cache) for name, cache in self.caches.items()},
+            "packs": f"{steps.packs:,} of {self.recipe.data.tokens_per_pack:,} tokens, "
+            f"{steps.utilisation:.1%} of them real",
+            "a step": f"{train.global_batch_size} packs, {layout.micro_batches} on each of dp {layout.dp}; "
+            f"{_spread(steps.samples)} samples, {_spread(steps.loss_tokens)} tokens with a loss",
+            "steps": f"{epochs}{self.total_steps:,}",
+            "run_dir": str(self.recipe.run_dir),
+        }
+
+    def __rich__(self) -> Panel:
+        return facts_block("paralign", self.facts())
+
+
+def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) -> CheckReport:
+    """Checks a recipe, tokenising its data if that was not done before.
+
+    Args:
+        gpus: what the layout is checked for; None is one copy of the model, tp × pp.
+        progress: show a bar while tokenising.
+
+    Raises:
+        RecipeError, LayoutError, WeightsError, DataError: the first part that is wrong.
+    """
+    config, data, train = recipe.layout, recipe.data, recipe.train
+    arch = arch_of(recipe.model.hf)
+    layout = resolve(
+        config,
+        arch,
+        world_size=gpus or config.tensor_model_parallel_size * config.pipeline_model_parallel_size,
+        global_batch_size=train.global_batch_size,
+        tokens_per_pack=data.tokens_per_pack,
+    )
+    _check_recompute(recipe, layout, arch)
+    sets = {"train": data.train, **{f"validation/{name}": (path,) for name, path in data.validation.items()}}
+    absent = [
+        f"data.{name.replace('/', '.')}: {file}" for name in sets for file in sets[name] if not file.is_file()
+    ]
+    if absent:
+        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
+    if recipe.model.init == "weights":
+        HFReader(recipe.model.hf)
+    _check_vocabulary(_largest_id(recipe.tokenizer_dir), recipe, arch)
+
+    caches = {}
+    for name, files in sets.items():
+        cache = caches[name] = build_or_open(data, files, recipe.tokenizer_dir, progress=progress)
+        _check_vocabulary(cache.max_token, recipe, arch)
+        if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
+            raise RecipeError(
+                f"data.{name.replace('/', '.')}: a sample of {longest:,} tokens is longer than "
+                f"max_position_embeddings {arch.max_position_embeddings:,} in {recipe.model.hf}/config.json; "
+                "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
+            )
+    samples = caches["train"]
+    steps = step_statistics(
+        plan_packs(samples.lengths, data.tokens_per_pack, seed=train.seed, epoch=0),
+        samples.lengths,
+        samples.n_loss,
+        tokens_per_pack=data.tokens_per_pack,
+        global_batch_size=train.global_batch_size,
+    )
+    total_steps = train.max_steps or (train.epochs or 0) * steps.steps
+    if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
+        raise RecipeError(
+            f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
+            "lower lr_warmup_steps"
+        )
+    return CheckReport(
+        recipe,
+        arch,
+        layout,
+        parameter_count(arch),
+        _parameters_per_rank(layout, arch),
+        caches,
+        steps,
+        total_steps,
+    )
+
+
+def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
+    """Megatron reads past the last layer of a chunk where groups of layers do not divide it."""
+    group = recipe.model.recompute_num_layers
+    if recipe.model.recompute_method != "uniform" or not group:
+        return
+    for chunks in layers_of_stage(layout, arch):
+        if len(chunks[0]) % group:
+            raise RecipeError(
+                f"model.recompute_num_layers: {group} does not divide the {len(chunks[0])} layers "
+                "of a chunk; give a divisor, such as 1"
+            )
+
+
+def _check_vocabulary(largest_id: int, recipe: Recipe, arch: Arch) -> None:
+    if largest_id >= arch.vocab_size:
+        raise WeightsError(
+            f"{recipe.tokenizer_dir}: the tokenizer has token {largest_id}, but vocab_size is "
+            f"{arch.vocab_size} in {recipe.model.hf}/config.json; is this the tokenizer of this model?"
+        )
+
+
+def _largest_id(tokenizer_dir: Path) -> int:
+    """From tokenizer.json; -1 where there is none, and only the tokens of the data are checked."""
+    path = tokenizer_dir / "tokenizer.json"
+    if not path.is_file():
+        return -1
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"{path}: not a tokenizer of the tokenizers library; copy it again") from None
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return max([*ids, *added], default=-1)
+
+
+def _parameters_per_rank(layout: Layout, arch: Arch) -> int:
+    stages = stage_rules(layout, arch)
+    if arch.tied and layout.pp > 1:  # the last stage holds a copy of the embedding as its head
+        stages[-1].append(stages[0][0])
+    return max(sum(math.prod(rule.shard_shape(layout.tp)) for rule in rules) for rules in stages)
+
+
+def _described(cache: TokenCache) -> str:
+    left_out = {
+        "too long": cache.n_dropped,
+        "with nothing to learn": cache.n_skipped,
+        "cut": cache.n_truncated,
+    }
+    notes = "".join(f"; {count:,} {what}" for what, count in left_out.items() if count)
+    return f"{len(cache):,} samples, {int(cache.lengths.sum()):,} tokens{notes}"
+
+
+def _spread(mean_and_sd: tuple[float, float]) -> str:
+    mean, sd = mean_and_sd
+    return f"{mean:,.0f} ± {sd:,.0f}"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e7 else f"{count:,}"

@@ -1,0 +1,33 @@
+"""The `checkpoint:` section of a recipe. Owns its keys, not the saving."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..config import Section
+
+
+class CheckpointConfig(Section):
+    """When training state and Hugging Face weights are written, and which of them stay.
+
+    Attributes:
+        save_every_steps: steps between training states; null saves none.
+        keep_last: how many of the newest training states stay; null keeps all.
+        keep_best: a metric, such as validation/chat/loss; the state where it is lowest stays too.
+        async_save: writes while training goes on.
+        export_every_steps: steps between Hugging Face exports during training; null exports at the end only.
+        export_dtype: dtype of exports; null keeps the model's.
+        max_shard_size: largest safetensors file of an export, such as 5GB or 512MiB.
+        resume: `auto` goes on from the newest state in run_dir, `never` refuses a run_dir that has one.
+    """
+
+    save_every_steps: int | None = Field(None, ge=1)
+    keep_last: int | None = Field(None, ge=1)
+    keep_best: str | None = None
+    async_save: bool = False
+    export_every_steps: int | None = Field(None, ge=1)
+    export_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9][0-9]*[KMGT]i?B$")
+    resume: Literal["auto", "never"] = "auto"

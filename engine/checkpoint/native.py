@@ -1,0 +1,156 @@
+"""Training state through megatron-core's sharded checkpoints: any layout saves, any layout loads.
+
+Owns what is saved and that it appears whole or not at all; store.py owns the directories.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paralign.models.arch import Arch
+from paralign.models.errors import CheckpointError
+from paralign.models.mcore import (
+    ON_HOST,
+    AsyncCallsQueue,
+    DistributedDataParallel,
+    TorchDistSaveShardedStrategy,
+    dist_checkpointing,
+)
+
+from ..mesh import Mesh
+from ..optim import Optimizer
+from . import store
+from .config import CheckpointConfig
+from .hf import Assets, arch_of, copy_assets
+
+RECIPE = "recipe.yaml"
+ASSETS = "hf"
+
+
+class NativeCheckpoints:
+    """Saves and loads the training state of one run.
+
+    A checkpoint holds the model under the names of the weight rules, the optimizer, the resolved recipe, the
+    progress, and in `hf/` the config and tokenizer that turn it into a Hugging Face directory.
+
+    Args:
+        root: directory of the run's checkpoints.
+        assets: config and tokenizer that belong to the model.
+        recipe: the resolved recipe, as text.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        mesh: Mesh,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: Optimizer,
+        *,
+        assets: Assets,
+        recipe: str,
+    ) -> None:
+        self.root = root
+        self._config = config
+        self._mesh = mesh
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._assets = assets
+        self._recipe = recipe
+        self._queue = AsyncCallsQueue(persistent=False)
+
+    def save(self, progress: store.Progress) -> None:
+        """Write the state after `progress.step` steps; with `async_save` the writing goes on in the background.
+
+        Collective over all ranks.
+        """
+        self.finish()
+        directory = store.directory_of(self.root, progress.step)
+        partial = store.unfinished(directory)
+        if self._mesh.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / RECIPE).write_text(self._recipe, encoding="utf-8")
+            store.write_progress(partial, progress)
+            dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
+            copy_assets(self._assets, partial / ASSETS, dtype=dtype)
+        self._mesh.barrier()
+        self._optimizer.synchronize_weights()
+        request = dist_checkpointing.save(
+            self._state(is_loading=False),
+            str(partial),
+            TorchDistSaveShardedStrategy("torch_dist", 1),
+            async_sharded_save=self._config.async_save,
+        )
+        if request is None:
+            self._publish(directory)
+        else:
+            request.add_finalize_fn(lambda: self._publish(directory))
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Publish a background save that every rank has finished; cheap where there is none. Collective."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background save. Collective."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def load(self, directory: Path, arch: Arch) -> store.Progress:
+        """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        saved = arch_of(directory / ASSETS)
+        if differing := _differences(saved, arch):
+            raise CheckpointError(
+                f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
+            )
+        state = dist_checkpointing.load(self._state(is_loading=True), str(directory))
+        for key, chunk in self._keyed_chunks():
+            chunk.module.load_state_dict(state[key])
+        self._optimizer.megatron.load_state_dict(state["optimizer"])
+        return store.read_progress(directory)
+
+    def _publish(self, directory: Path) -> None:
+        if self._mesh.is_main:
+            store.publish(directory)
+            store.rotate(self.root, self._config)
+        self._mesh.barrier()
+
+    def _keyed_chunks(self) -> list[tuple[str, DistributedDataParallel]]:
+        if len(self._chunks) == 1:
+            return [("model", self._chunks[0])]
+        return [(f"model{i}", chunk) for i, chunk in enumerate(self._chunks)]
+
+    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            # Gathers over gloo, a parameter at a time, where the plain way holds a stage's optimizer on the GPU.
+            "distrib_optim_fully_reshardable_mem_efficient": self._mesh.layout.dp > 1 and not ON_HOST,
+            "dp_cp_group": self._mesh.dp_group,
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": False,
+            # Each layer under its own name, so that convert reads one tensor without its siblings.
+            "non_homogeneous_layers": True,
+        }
+        state: dict[str, Any] = {
+            key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in self._keyed_chunks()
+        }
+        state["optimizer"] = self._optimizer.megatron.sharded_state_dict(
+            state, is_loading=is_loading, metadata=metadata
+        )
+        return state
+
+
+def _differences(saved: Arch, ours: Arch) -> str:
+    """Shape facts in which two models differ; where a dtype was changed on the way is no matter."""
+    return ", ".join(
+        f"{name} {getattr(saved, name)!r} where the recipe's has {value!r}"
+        for name, value in vars(ours).items()
+        if name != "dtype" and getattr(saved, name) != value
+    )

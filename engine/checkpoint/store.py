@@ -1,0 +1,109 @@
+"""Where checkpoints lie: names, the tracker file, completeness, rotation. Owns directories, not their content.
+
+<run_dir>/checkpoints/iter_0000100/                 complete: it got its name by a rename, at the very end
+                      iter_0000200.part/            being written, or left by a run that died
+                      latest_checkpointed_iteration.txt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from paralign.models.errors import CheckpointError
+
+from .config import CheckpointConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps done; the next one has this number.
+        data: fingerprint of samples and packing: the same samples follow only if it is the same.
+        metrics: of the last evaluation.
+    """
+
+    step: int
+    data: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def directory_of(root: Path, step: int) -> Path:
+    """Megatron's name for the checkpoint after so many steps."""
+    return root / f"iter_{step:07d}"
+
+
+def unfinished(directory: Path) -> Path:
+    """The name that a checkpoint has while it is written."""
+    return directory.with_name(f"{directory.name}.part")
+
+
+def complete(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)]
+    return sorted((path for path in found if (path / PROGRESS).is_file()), key=_step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint; the tracker file is for people and other tools, and is not needed."""
+    return max(complete(root), key=_step_of, default=None)
+
+
+def read_progress(directory: Path) -> Progress:
+    """Raises CheckpointError where a checkpoint does not say how far it is."""
+    path = directory / PROGRESS
+    try:
+        return Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected a finished checkpoint") from None
+
+
+def write_progress(directory: Path, progress: Progress) -> None:
+    text = json.dumps(asdict(progress), indent=2)
+    (directory / PROGRESS).write_text(text + "\n", encoding="utf-8")
+
+
+def publish(directory: Path) -> None:
+    """Give a written checkpoint its name, then point the tracker at it."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(unfinished(directory), directory)
+    tracker = directory.parent / TRACKER
+    temporary = tracker.with_suffix(".part")
+    temporary.write_text(f"{_step_of(directory)}\n", encoding="utf-8")
+    os.replace(temporary, tracker)
+
+
+def rotate(root: Path, config: CheckpointConfig) -> None:
+    """Remove all but the newest `keep_last` and the one where `keep_best` is lowest."""
+    if config.keep_last is None:
+        return
+    checkpoints = complete(root)
+    kept = set(checkpoints[-config.keep_last :])
+    if config.keep_best:
+        measured = [(read_progress(path).metrics.get(config.keep_best), path) for path in checkpoints]
+        ranked = [(value, path) for value, path in measured if value is not None]
+        if ranked:
+            kept.add(min(ranked)[1])
+    for path in checkpoints:
+        if path not in kept:
+            # Renamed first: a removal that is cut short must not leave something that looks complete.
+            doomed = unfinished(path)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("iter_"))

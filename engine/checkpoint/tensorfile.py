@@ -1,0 +1,141 @@
+"""One safetensors file: its header, its tensors, writing in any order. Owns the format, not the directory.
+
+The format is 8 bytes of header length, a JSON header, then the tensors' bytes without holes. It is read and
+written here, and not by the safetensors package, for two reasons: a directory is checked by its headers
+alone, and tensors are written straight to their place, so that no shard is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paralign.models.errors import WeightsError
+from paralign.models.weights import Shape, check_shape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: dtype in the format's word, shape, and its bytes `start:stop` of the file."""
+
+    dtype: str
+    shape: Shape
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors that a file holds, by name; reads the header and the file's size, no tensor.
+
+    Raises:
+        WeightsError: the file is not there, not in the format, or shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if length <= size - 8 else b""
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: there is no such file; download it again") from None
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        base = 8 + length
+        entries = {
+            name: Entry(
+                tensor["dtype"],
+                tuple(tensor["shape"]),
+                base + tensor["data_offsets"][0],
+                base + tensor["data_offsets"][1],
+            )
+            for name, tensor in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError(
+            f"{path}: {size} bytes, no safetensors header; cut off, or a Git LFS pointer (git lfs pull)?"
+        ) from None
+    promised = max((entry.stop for entry in entries.values()), default=base)
+    if size != promised:
+        raise WeightsError(f"{path}: {size} bytes, its header says {promised}; download it again")
+    for name, entry in entries.items():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
+            raise WeightsError(
+                f"{path}: {name} of shape {entry.shape} does not fit its bytes; download it again"
+            )
+    return entries
+
+
+class MappedFile:
+    """Tensors of one file, mapped into memory: a slice of one reads from disk what it covers."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self._entries = entries
+        with path.open("rb") as file:
+            # Copy-on-write, because torch has no read-only tensors: a stray write stays out of the file.
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole tensor, lazily; its dtype must be one of `DTYPES`."""
+        entry = self._entries[name]
+        flat = torch.frombuffer(
+            self._bytes, dtype=DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+        )
+        return flat.view(entry.shape)
+
+
+class TensorFileWriter:
+    """Writes tensors of known names and shapes, one dtype, in any order."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> None:
+        self._shapes = shapes
+        self._dtype = dtype
+        header, self._starts, self.size = file_layout(shapes, dtype)
+        self.missing = set(shapes)
+        self._file = path.open("wb")
+        self._file.write(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Casts to the file's dtype and writes; raises WeightsError if the shape is another than stated."""
+        check_shape(name, tensor.shape, self._shapes[name])
+        if name not in self.missing:
+            raise ValueError(f"{name} is written twice")
+        self._file.seek(self._starts[name])
+        raw = tensor.detach().to("cpu", self._dtype).contiguous().view(torch.uint8)
+        self._file.write(memoryview(raw.numpy()).cast("B"))
+        self.missing.discard(name)
+
+    def close(self) -> None:
+        """Returns when the bytes are on disk, so that a rename afterwards never shows a torn file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def file_layout(shapes: Mapping[str, Shape], dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
+    """Header, each tensor's first byte and the file's size; a pure function, the same on every rank."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, at = {}, 0
+    for name, shape in shapes.items():
+        stop = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, stop]}
+        starts[name], at = at, stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as other readers like it
+    base = 8 + len(text)
+    return (
+        len(text).to_bytes(8, "little") + text,
+        {name: base + start for name, start in starts.items()},
+        base + at,
+    )

@@ -1,0 +1,171 @@
+"""Where a run reports to while it runs: metrics.jsonl and the console. Measures nothing and plots nothing.
+
+Names: loss, grad_norm, learning_rate, tokens_per_second (all GPUs), tflops_per_gpu, mfu, samples,
+validation/NAME/loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from paralign.models.errors import ParalignError
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "grad_norm": lambda value: f"grad_norm {value:.3f}",
+    "learning_rate": lambda value: f"lr {value:.2e}",
+    "samples": lambda value: f"samples {value:.0f}",
+    "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+    "tflops_per_gpu": lambda value: f"{value:.3g} TFLOP/s/GPU",
+    "mfu": lambda value: f"MFU {value:.1%}",
+}
+
+
+class Sink(Protocol):
+    """Somewhere that metrics go."""
+
+    def start(self, facts: Mapping[str, str]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Sends metrics to its sinks; a rank without sinks logs nothing."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    @classmethod
+    def for_rank(cls, rank: int, run_dir: Path, *, first_step: int, total_steps: int) -> MetricsLog:
+        """Rank 0 writes metrics.jsonl and the console, the others nothing."""
+        if rank != 0:
+            return cls()
+        return cls(JsonLines(run_dir, first_step), ConsoleLog(first_step, total_steps))
+
+    def start(self, facts: Mapping[str, str]) -> None:
+        """Shows what is about to run."""
+        for sink in self._sinks:
+            sink.start(facts)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Reports values of a step, counted from 0."""
+        for sink in self._sinks:
+            sink.log(step, values)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonLines:
+    """`run_dir/metrics.jsonl`: a line {"step", "time", metrics…} for each report; time in seconds since 1970.
+
+    Lines of `first_step` and later are cut when it opens: a resumed run is going to write them again.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_metrics(run_dir) if line["step"] < first_step]
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def start(self, facts: Mapping[str, str]) -> None:
+        """Facts stand in the recipe kept beside this file."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill tore is left out. Raises ParalignError."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ParalignError(f"{path}: {error.strerror}; expected the directory of a run") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+class ConsoleLog:
+    """A live bar on a terminal; elsewhere, one plain line for each report."""
+
+    def __init__(self, first_step: int, total_steps: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._total_steps = total_steps
+        self._began: tuple[int, float] | None = None
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, values="")
+
+    def start(self, facts: Mapping[str, str]) -> None:
+        self._console.print(facts_block("paralign", facts))
+        self._bar.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        validation = [f"{name} {value:.4f}" for name, value in values.items() if name not in _SHOWN]
+        training = [show(values[name]) for name, show in _SHOWN.items() if name in values]
+        if not self._console.is_terminal:
+            self._print(f"step {step}/{self._total_steps}", *training, *validation, *self._time_left(step))
+            return
+        if validation:
+            self._print(f"step {step}", *validation)
+        if training:
+            self._bar.update(self._task, completed=step + 1, values="  ".join(training))
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _print(self, *parts: str) -> None:
+        self._console.print("  ".join(parts), markup=False, soft_wrap=True)
+
+    def _time_left(self, step: int) -> list[str]:
+        """From the second report on: the first step is no measure."""
+        now, steps_left = time.monotonic(), self._total_steps - step - 1
+        if self._began is None:
+            self._began = (step, now)
+        if step <= self._began[0] or steps_left <= 0:
+            return []
+        seconds = (now - self._began[1]) / (step - self._began[0]) * steps_left
+        return [f"ETA {int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"]
+
+
+def facts_block(title: str, facts: Mapping[str, str]) -> Panel:
+    """Names and values, one below the other in a frame."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(Text(name), Text(value))  # Text: a name in brackets is no markup
+    return Panel(grid, title=title, title_align="left", expand=False)

@@ -1,0 +1,105 @@
+"""A recipe: the parts' sections as one, read, written, agreeing with itself. Looks at no file but its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .checkpoint.config import CheckpointConfig
+from .config import Section, decode
+from .data.config import DataConfig
+from .layout import LayoutConfig
+from .model import ModelConfig
+from .recipe_file import apply_overrides, dump_yaml, load_recipe_file
+from .schedule import OptimizerConfig
+
+
+class TrainConfig(Section):
+    """How long to train, and what happens along the way.
+
+    Attributes:
+        global_batch_size: packs in a step, over all GPUs.
+        epochs: passes over the data; or give max_steps.
+        max_steps: steps in all; or give epochs.
+        seed: of packing, order and random weights.
+        eval_every_steps: steps between evaluations, the first before step 0; null never evaluates.
+        log_every_steps: steps between log lines.
+    """
+
+    global_batch_size: int = Field(ge=1)
+    epochs: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    seed: int = Field(ge=0)
+    eval_every_steps: int | None = Field(None, ge=1)
+    log_every_steps: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            given = "neither is" if self.epochs is None else "both are"
+            raise ValueError(f"give epochs or max_steps; {given} given")
+        return self
+
+
+class Recipe(Section):
+    """Everything that a run is made of.
+
+    Attributes:
+        objective: what is learnt.
+        model: the model section.
+        tokenizer: directory of the tokenizer; null is model.hf.
+        layout: the section of degrees of parallelism.
+        data: the section of files and packs.
+        optimizer: the section of AdamW and its schedule.
+        train: the section of batch size and length.
+        checkpoint: the section of what is saved.
+        run_dir: where everything of this run is written.
+    """
+
+    objective: Literal["sft"]
+    model: ModelConfig
+    tokenizer: Path | None = None
+    layout: LayoutConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    run_dir: Path
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.tokenizer or self.model.hf
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        if self.train.eval_every_steps and not self.data.validation:
+            raise ValueError("train.eval_every_steps needs a set in data.validation; name one")
+        best, metrics = (
+            self.checkpoint.keep_best,
+            [f"validation/{name}/loss" for name in self.data.validation],
+        )
+        if best and best not in metrics:
+            known = f"this recipe has {', '.join(metrics)}" if metrics else "name a set in data.validation"
+            raise ValueError(f"checkpoint.keep_best {best!r} is no metric of the validation sets; {known}")
+        if best and not (self.train.eval_every_steps and self.checkpoint.save_every_steps):
+            raise ValueError(
+                "checkpoint.keep_best needs train.eval_every_steps and checkpoint.save_every_steps; give both"
+            )
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and sets `key.sub=value` overrides. Raises RecipeError with a line per problem.
+
+    Paths in a recipe are relative to the current directory, not to the recipe.
+    """
+    tree, marks = apply_overrides(*load_recipe_file(path), overrides)
+    return decode(Recipe, tree, marks, path)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults and overrides included; `load` reads it back equal."""
+    return dump_yaml(recipe.model_dump(mode="json"))

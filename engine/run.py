@@ -1,0 +1,228 @@
+"""One rank of a run: recipe to parts to trainer. The table of contents of the engine.
+
+torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [key.sub=value …]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paralign.models.errors import CheckpointError, ParalignError
+
+from .check import CheckReport, check
+from .checkpoint import store
+from .checkpoint.hf import Assets, HFReader, arch_of, parse_size
+from .data.render import template_text
+from .launch import RankEnv, rank_environment
+from .layout import resolve
+from .recipe import Recipe, dump, load
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as this process's rank; the exit code: 0, or 2 for an error that the user can mend."""
+    env = rank_environment()
+    store_of_run: list[Any] = []
+    try:
+        recipe = load(Path(arguments[0]), arguments[1:])
+        # Arithmetic first: a layout that cannot be must not wait for other ranks.
+        resolve(
+            recipe.layout,
+            arch_of(recipe.model.hf),
+            world_size=env.world_size,
+            global_batch_size=recipe.train.global_batch_size,
+            tokens_per_pack=recipe.data.tokens_per_pack,
+        )
+        train(recipe, env, store_of_run)
+    except ParalignError as error:
+        if _first_to_fail(env, store_of_run):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Without waiting: other ranks may sit in a collective that this one will never join.
+        sys.stdout.flush()
+        os._exit(2)
+    return 0
+
+
+def train(recipe: Recipe, env: RankEnv, store_of_run: list[Any]) -> None:
+    """Build the parts of a run and train to its end."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="megatron")
+    import torch
+
+    from paralign.models.attention import choose_kernel
+
+    from .build import (
+        DTYPES,
+        build_chunks,
+        load_weights,
+        random_weights,
+        transformer_config,
+        wrap_for_data_parallel,
+    )
+    from .checkpoint.export import export_hf
+    from .checkpoint.native import NativeCheckpoints
+    from .data.loader import PackLoader
+    from .kernels.parts import choose_parts
+    from .mesh import open_mesh, open_world
+    from .objectives import OBJECTIVES
+    from .observe.metrics import MetricsLog
+    from .observe.throughput import Throughput, peak_flops
+    from .optim import Optimizer
+    from .trainer import Cadence, Trainer
+
+    host, port = env.master.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    timeout = recipe.layout.distributed_timeout_minutes
+    if recipe.model.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with open_world(
+        rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=timeout
+    ) as world_store:
+        store_of_run.append(world_store)
+        with _rank_0_first(env, world_store):
+            report = check(recipe, env.world_size, progress=env.rank == 0)
+        arch, layout = report.arch, report.layout
+        with open_mesh(layout, local_rank=env.local_rank, seed=recipe.train.seed) as mesh:
+            dtype = DTYPES[recipe.model.dtype]
+            config = transformer_config(arch, layout, recipe.model)
+            chunks = build_chunks(config, arch, mesh, choose_parts())
+
+            checkpoint_root = recipe.run_dir / "checkpoints"
+            newest = _resume_from(recipe, checkpoint_root)
+            if recipe.model.init == "random":
+                read = random_weights(arch, seed=recipe.train.seed, dtype=dtype, device=mesh.device)
+            else:
+                read = HFReader(recipe.model.hf).read
+            load_weights(chunks, arch, mesh, read)
+            wrapped = wrap_for_data_parallel(chunks, config, layout)
+            optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype)
+
+            make_loader = partial(
+                PackLoader,
+                global_batch_size=recipe.train.global_batch_size,
+                seed=recipe.train.seed,
+                dp_rank=mesh.dp_rank,
+                dp_size=layout.dp,
+                micro_batch_multiple=layout.micro_batch_multiple,
+                device=mesh.device,
+            )
+            loaders = {name: make_loader(cache) for name, cache in report.caches.items()}
+            assets = Assets(recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template))
+            checkpoints = NativeCheckpoints(
+                checkpoint_root,
+                recipe.checkpoint,
+                mesh,
+                wrapped,
+                optimizer,
+                assets=assets,
+                recipe=dump(recipe),
+            )
+            first_step = 0
+            if newest is not None:
+                first_step = _resume(checkpoints, newest, report, loaders["train"].fingerprint)
+            log = MetricsLog.for_rank(
+                mesh.rank, recipe.run_dir, first_step=first_step, total_steps=report.total_steps
+            )
+            log.start(
+                report.facts()
+                | {
+                    "attention": f"{choose_kernel(mesh.device, dtype).__name__} on {mesh.device.type}",
+                    "start": f"step {first_step}" + (f", resumed from {newest}" if newest else ""),
+                }
+            )
+            trainer = Trainer(
+                arch=arch,
+                mesh=mesh,
+                chunks=wrapped,
+                objective=OBJECTIVES[recipe.objective](),
+                optimizer=optimizer,
+                schedule=recipe.optimizer,
+                train_loader=loaders["train"],
+                validation={
+                    name.removeprefix("validation/"): loader
+                    for name, loader in loaders.items()
+                    if name != "train"
+                },
+                checkpoints=checkpoints,
+                export=partial(
+                    export_hf,
+                    chunks,
+                    arch,
+                    mesh,
+                    assets=assets,
+                    dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
+                    max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
+                ),
+                export_dir=recipe.run_dir / "hf",
+                cadence=Cadence(
+                    log=recipe.train.log_every_steps,
+                    evaluate=recipe.train.eval_every_steps,
+                    save=recipe.checkpoint.save_every_steps,
+                    export=recipe.checkpoint.export_every_steps,
+                ),
+                log=log,
+                throughput=Throughput(world_size=env.world_size, peak=peak_flops(mesh.device)),
+                first_step=first_step,
+                total_steps=report.total_steps,
+            )
+            try:
+                trainer.fit()
+            finally:
+                log.close()
+
+
+def _resume_from(recipe: Recipe, root: Path) -> Path | None:
+    newest = store.latest(root)
+    if newest is not None and recipe.checkpoint.resume == "never":
+        raise CheckpointError(
+            f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+        )
+    return newest
+
+
+def _resume(checkpoints: Any, directory: Path, report: CheckReport, data: str) -> int:
+    """The number of steps done.
+
+    Raises:
+        CheckpointError: other samples than the checkpoint's would follow.
+    """
+    progress = checkpoints.load(directory, report.arch)
+    if progress.data != data:
+        raise CheckpointError(
+            f"{directory}: was trained on other samples or packs than data and train now give, so that samples "
+            "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or start "
+            "a new run_dir from the export"
+        )
+    return progress.step
+
+
+@contextmanager
+def _rank_0_first(env: RankEnv, world_store: Any) -> Iterator[None]:
+    """Run the body on rank 0, then on the others, however long rank 0 takes: it may tokenise for an hour."""
+    if env.rank > 0:
+        world_store.wait(["rank 0 is ready"], timedelta(days=7))
+    yield
+    if env.rank == 0:
+        world_store.set("rank 0 is ready", "")
+
+
+def _first_to_fail(env: RankEnv, store_of_run: list[Any]) -> bool:
+    """Whether this rank is the one to print: an error that all ranks find is told once."""
+    if not store_of_run:
+        return env.rank == 0
+    try:
+        return store_of_run[0].add("ranks that failed", 1) == 1
+    except Exception:  # the store went with the rank that failed first
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

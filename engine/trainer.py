@@ -1,0 +1,159 @@
+"""The loop: steps, evaluation, checkpoints, exports, in a straight line. Knows one model and one objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paralign.models.arch import Arch
+from paralign.models.errors import TrainingError
+
+from .batch import StepBatch, Unit
+from .checkpoint.native import NativeCheckpoints
+from .checkpoint.store import Progress
+from .data.loader import PackLoader
+from .mesh import Mesh
+from .objectives import Objective
+from .observe.metrics import MetricsLog
+from .observe.throughput import Throughput
+from .optim import Optimizer
+from .schedule import OptimizerConfig, learning_rate
+from .step import run_step
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between recurring things, None for never; see the recipe's sections."""
+
+    log: int
+    evaluate: int | None
+    save: int | None
+    export: int | None
+
+
+@dataclass
+class Trainer:
+    """Everything that a run is made of, built by run.py.
+
+    Attributes:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        train_loader, validation: packs to learn from, and by name those to be measured on.
+        export: writes the model to a directory; collective.
+        export_dir: where `export` puts `iter_0000100/` and, at the end, `final/`.
+        total_steps: steps of the whole run, of which those before `first_step` are done.
+    """
+
+    arch: Arch
+    mesh: Mesh
+    chunks: Sequence[Any]
+    objective: Objective
+    optimizer: Optimizer
+    schedule: OptimizerConfig
+    train_loader: PackLoader
+    validation: Mapping[str, PackLoader]
+    checkpoints: NativeCheckpoints
+    export: Callable[[Path], None]
+    export_dir: Path
+    cadence: Cadence
+    log: MetricsLog
+    throughput: Throughput
+    first_step: int
+    total_steps: int
+
+    def fit(self) -> None:
+        """Train to the last step, then evaluate, save and export.
+
+        Raises:
+            TrainingError: a gradient norm that is not finite; the weights are those before that step.
+        """
+        measured: dict[str, float] = {}
+        for step in range(self.first_step, self.total_steps):
+            if _due(self.cadence.evaluate, step):
+                measured = self.evaluate(step)
+            batch = self.train_loader.step(step)
+            values = self.train_step(step, batch)
+            if _due(self.cadence.log, step) or step + 1 == self.total_steps:
+                self.log.log(step, values | self.throughput.read())
+            self.checkpoints.poll()
+            done = step + 1
+            if done < self.total_steps:
+                if _due(self.cadence.save, done):
+                    self.save(done, measured)
+                if _due(self.cadence.export, done):
+                    self.write_weights(f"iter_{done:07d}")
+        if self.cadence.evaluate:
+            measured = self.evaluate(self.total_steps)
+        if self.cadence.save and self.first_step < self.total_steps:
+            self.save(self.total_steps, measured)
+        self.checkpoints.finish()
+        self.write_weights("final")
+
+    def train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
+        """One update; its metrics."""
+        lr = learning_rate(self.schedule, step, self.total_steps)
+        self.optimizer.zero_grad()
+        sums = run_step(self.chunks, batch, self.objective, self.mesh, train=True)
+        update = self.optimizer.step(lr)
+        if not update.updated:
+            ids = ", ".join(map(str, batch.sample_ids[:8]))
+            raise TrainingError(
+                f"step {step}: the gradient norm is {update.grad_norm}; weights are unchanged; samples of the step: "
+                f"{ids}{', …' if len(batch.sample_ids) > 8 else ''}; lower optimizer.lr or look at these samples"
+            )
+        self.throughput.step_done(batch.n_tokens, self._flops(batch))
+        return {
+            **self._means(sums),
+            "grad_norm": update.grad_norm,
+            "learning_rate": lr,
+            "samples": float(batch.n_samples),
+        }
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics over every validation set, before step number `step`."""
+        go_on = self.throughput.pause()
+        self.optimizer.synchronize_weights()
+        values: dict[str, float] = {}
+        for name, loader in self.validation.items():
+            sums = torch.zeros(len(self.objective.metrics), 2, dtype=torch.float64, device=self.mesh.device)
+            for batch in loader.evaluation():
+                sums += run_step(self.chunks, batch, self.objective, self.mesh, train=False)
+            values |= {f"validation/{name}/{metric}": mean for metric, mean in self._means(sums).items()}
+        self.log.log(step, values)
+        go_on()
+        return values
+
+    def save(self, done: int, measured: Mapping[str, float]) -> None:
+        """Save the state after `done` steps."""
+        go_on = self.throughput.pause()
+        self.checkpoints.save(Progress(done, self.train_loader.fingerprint, measured))
+        go_on()
+
+    def write_weights(self, name: str) -> None:
+        """Export the model as it is."""
+        go_on = self.throughput.pause()
+        self.optimizer.synchronize_weights()
+        self.export(self.export_dir / name)
+        go_on()
+
+    def _means(self, sums: torch.Tensor) -> dict[str, float]:
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(self.objective.metrics, sums.tolist())
+        }
+
+    def _flops(self, batch: StepBatch) -> float:
+        """Forward and backward, over all ranks; what recompute adds does not count as work done."""
+        lengths = self.train_loader.cache.lengths[list(batch.sample_ids)]
+        effective = float(np.square(lengths).sum()) / max(1, batch.n_tokens)
+        per_token = self.arch.linear_flops_per_token + self.arch.attention_flops_per_token(effective)
+        return 3 * (batch.n_tokens * per_token + batch.counts[Unit.TOKEN] * self.arch.head_flops_per_token)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,91 @@
+"""A tiny project on disk: model directory, conversations and a recipe. Owns fixtures, no tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+objective: sft
+run_dir: runs/tiny
+model:
+  hf: model
+  init: random
+  dtype: fp32
+layout:
+  tensor_model_parallel_size: 2
+  pipeline_model_parallel_size: 1
+data:
+  train: train.jsonl
+  validation: {chat: chat.jsonl}
+  chat_template: chatml
+  tokens_per_pack: 64
+  too_long: drop
+  cache_dir: cache
+  workers: 1
+optimizer:
+  lr: 1e-3
+  lr_decay_style: constant
+  weight_decay: 0.1
+train:
+  global_batch_size: 4
+  epochs: 2
+  seed: 1
+  eval_every_steps: 5
+checkpoint:
+  save_every_steps: 5
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with `recipe.yaml`, `model/` (no weights) and 40 training conversations."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name, count in (("train.jsonl", 40), ("chat.jsonl", 4)):
+        turns = [
+            {
+                "messages": [
+                    {"role": "user", "content": "hi " * (i % 5)},
+                    {"role": "assistant", "content": "yo"},
+                ]
+            }
+            for i in range(1, count + 1)
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    _write_model(tmp_path / "model")
+    return tmp_path
+
+
+def _write_model(directory: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    directory.mkdir()
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hi": 1, "yo": 2, "user": 3, "assistant": 4}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
+    words.save(str(directory / "tokenizer.json"))
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "unk_token": "[UNK]",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 9,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    }
+    (directory / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,215 @@
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paralign.engine.data import cache as cache_module
+from paralign.engine.data import encode as encode_module
+from paralign.engine.data.cache import TokenCache, build_or_open, cache_directory
+from paralign.engine.data.config import DataConfig
+from paralign.engine.data.conversation import read_record
+from paralign.engine.data.render import Renderer, template_text
+from paralign.models.errors import DataError
+
+from .conftest import chat
+
+Write = Callable[..., Path]
+Make = Callable[..., DataConfig]
+
+RECORDS = [chat("hello", "fine, thank you."), chat("how are you?", "fine."), chat("a" * 30, "b" * 30)]
+
+
+def build(config: DataConfig, tokenizer_dir: Path) -> TokenCache:
+    return build_or_open(config, config.train, tokenizer_dir, progress=False)
+
+
+def test_the_cache_holds_what_the_renderer_makes(tokenizer_dir: Path, write_jsonl: Write, data_config: Make):
+    files = (write_jsonl("a.jsonl", RECORDS[:2]), write_jsonl("b.jsonl", RECORDS[2:]))
+    config = data_config(files[0], train=files, tokens_per_pack=512)
+    cache = build(config, tokenizer_dir)
+    renderer = Renderer(tokenizer_dir, template_text("chatml"), "assistant")
+    assert len(cache) == 3
+    for i, record in enumerate(RECORDS):
+        expected = renderer(read_record(record, "messages", ""))
+        tokens, learned = cache.sample(i)
+        assert np.array_equal(tokens, expected.tokens)
+        assert np.array_equal(learned, expected.learned)
+        assert cache.n_loss[i] == expected.learned.sum()
+    assert cache.place(1) == f"{files[0]}:2"
+    assert cache.place(2) == f"{files[1]}:1"
+    assert cache.max_token == cache.tokens.max()
+
+
+def test_tokens_are_made_once_for_a_content_whatever_the_pack(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_jsonl("a.jsonl", RECORDS)
+    first = build(data_config(path, tokens_per_pack=512), tokenizer_dir)
+
+    def refuse(*_: object) -> Iterator[None]:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(cache_module, "encode_files", refuse)
+    moved = path.rename(path.with_name("moved.jsonl"))
+    second = build(data_config(moved, tokens_per_pack=500, workers=3), tokenizer_dir)
+    assert second.directory == first.directory
+    assert second.place(0) == f"{moved}:1"
+    assert second.fingerprint != first.fingerprint
+
+
+def test_whatever_changes_the_tokens_changes_the_key(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    path = write_jsonl("a.jsonl", RECORDS)
+    other_file = write_jsonl("b.jsonl", RECORDS[::-1])
+    other_tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, other_tokenizer)
+    settings = json.loads((other_tokenizer / "tokenizer_config.json").read_text())
+    (other_tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|eot_id|>"}))
+    config = data_config(path)
+    keys = {
+        cache_directory(config, [path], tokenizer_dir),
+        cache_directory(config, [other_file], tokenizer_dir),
+        cache_directory(config, [path, other_file], tokenizer_dir),
+        cache_directory(config, [path], other_tokenizer),
+        cache_directory(data_config(path, loss_on="all"), [path], tokenizer_dir),
+        cache_directory(data_config(path, chat_template="llama3"), [path], tokenizer_dir),
+    }
+    assert len(keys) == 6
+
+
+def test_a_sample_longer_than_a_pack_is_refused_dropped_or_cut(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    path = write_jsonl("a.jsonl", [RECORDS[0], chat("hello", "x" * 200), RECORDS[1]])
+    with pytest.raises(
+        DataError, match=r"a.jsonl:2: 2\d\d tokens; tokens_per_pack is 64 and 1 sample is longer"
+    ):
+        build(data_config(path), tokenizer_dir)
+
+    dropped = build(data_config(path, too_long="drop"), tokenizer_dir)
+    assert (len(dropped), dropped.n_dropped, dropped.n_truncated) == (2, 1, 0)
+    assert dropped.place(1) == f"{path}:3"
+
+    cut = build(data_config(path, too_long="truncate"), tokenizer_dir)
+    assert (len(cut), cut.n_dropped, cut.n_truncated) == (3, 0, 1)
+    tokens, learned = cut.sample(1)
+    assert len(tokens) == cut.lengths[1] == 64
+    assert 0 < cut.n_loss[1] == learned.sum() < 64
+    assert cut.fingerprint != dropped.fingerprint
+
+
+def test_a_sample_with_nothing_to_learn_is_refused_or_left_out(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    path = write_jsonl("a.jsonl", [RECORDS[0], chat("no answer"), chat("x" * 100, "cut off")])
+    with pytest.raises(DataError, match=r"a.jsonl:2: \d+ tokens, none of them to be learned .*like 2 in all"):
+        build(data_config(path, too_long="truncate"), tokenizer_dir)
+    cache = build(data_config(path, too_long="truncate", nothing_to_learn="skip"), tokenizer_dir)
+    assert (len(cache), cache.n_skipped) == (1, 2)
+    with pytest.raises(
+        DataError, match=r"no sample is left: 3 longer than 4 tokens, 0 with nothing to learn"
+    ):
+        build(data_config(path, too_long="drop", tokens_per_pack=4), tokenizer_dir)
+
+
+def test_a_stop_token_that_is_never_learned_is_an_error(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    unstoppable = (template_text("chatml") or "").replace(
+        " + '<|im_end|>' }}\n        {%- end", " }}\n{%- end"
+    )
+    (tmp_path / "mine.jinja").write_text(unstoppable)
+    config = data_config(write_jsonl("a.jsonl", RECORDS), chat_template=tmp_path / "mine.jinja")
+    with pytest.raises(DataError, match="would never stop"):
+        build(config, tokenizer_dir)
+
+
+def test_a_failed_build_leaves_nothing_and_names_the_line(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    config = data_config(write_jsonl("a.jsonl", [RECORDS[0], {"messages": [{"role": "human"}]}]))
+    with pytest.raises(DataError, match=r"a.jsonl:2 messages\[0\]: no content"):
+        build(config, tokenizer_dir)
+    assert list(config.cache_dir.iterdir()) == []
+
+
+def test_a_cache_directory_that_cannot_be_written_is_an_error(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    path = write_jsonl("a.jsonl", RECORDS)
+    with pytest.raises(DataError, match=r"^cache_dir .*a.jsonl: the cache cannot be written"):
+        build(data_config(path, cache_dir=path), tokenizer_dir)
+
+
+def test_of_two_builders_the_first_to_end_wins(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    write = cache_module._write
+
+    def overtaken(*arguments: object) -> None:
+        write(*arguments)
+        monkeypatch.setattr(cache_module, "_write", write)
+        build(config, tokenizer_dir)
+
+    monkeypatch.setattr(cache_module, "_write", overtaken)
+    assert len(build(config, tokenizer_dir)) == 3
+    assert len(list(config.cache_dir.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["meta.json", "tokens.bin", "half of tokens.bin"])
+def test_a_damaged_cache_is_an_error(tokenizer_dir: Path, write_jsonl: Write, data_config: Make, damage: str):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    path = build(config, tokenizer_dir).directory / damage.removeprefix("half of ")
+    if damage.startswith("half"):
+        path.write_bytes(path.read_bytes()[: 4 * 20])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match="delete it"):
+        build(config, tokenizer_dir)
+
+
+def test_a_pickled_cache_is_the_way_to_open_it_again(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    records = [chat("hello", "fine." * 10)] * 200
+    cache = build(data_config(write_jsonl("a.jsonl", records), tokens_per_pack=512), tokenizer_dir)
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 2000 < cache.tokens.nbytes
+    assert np.array_equal(pickle.loads(pickled).tokens, cache.tokens)
+
+
+def test_processes_give_the_same_samples_up_to_the_same_error(
+    tokenizer_dir: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(encode_module, "CHUNK_CHARS", 1000)
+    path = write_jsonl(
+        "a.jsonl", [chat("hello", f"{i} " * (i % 7 + 1)) for i in range(99)] + [{"messages": 1}]
+    )
+    rendering = encode_module.Rendering(tokenizer_dir, template_text("chatml"), "assistant")
+
+    def tokens_until_error(workers: int) -> list[list[int]]:
+        found = []
+        with pytest.raises(DataError, match=r"a.jsonl:100 messages: read 1"):  # noqa: PT012
+            for chunk in encode_module.encode_files([path], ["messages"], rendering, workers):
+                found.append(chunk.tokens.tolist())
+        return found
+
+    alone = tokens_until_error(workers=1)
+    assert len(alone) > 5
+    assert tokens_until_error(workers=2) == alone
+
+
+def test_the_room_is_entered_without_transformers_or_megatron():
+    program = "import sys, paralign.engine.data as _; print(*(m for m in sys.modules if m.count('.') == 0))"
+    modules = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"transformers", "tokenizers", "megatron", "rich"} & set(modules.split())

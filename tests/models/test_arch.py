@@ -1,0 +1,161 @@
+"""Shape facts come from every style of config.json; what the forward pass would not follow is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from paralign.models import arch_from_hf, parameter_count
+from paralign.models.arch import RopeScaling
+from paralign.models.errors import WeightsError
+
+SMALL = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+LLAMA = SMALL | {"architectures": ["LlamaForCausalLM"], "rope_theta": 5e5, "torch_dtype": "bfloat16"}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+LLAMA_70B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+QWEN2_72B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=8192,
+    intermediate_size=29568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+
+
+def hf_dict(config):
+    """What a saved config.json holds."""
+    return config.to_diff_dict()
+
+
+def test_both_styles_give_the_same_facts():
+    old = LLAMA | {"rope_scaling": LLAMA3_ROPE}
+    new = {key: value for key, value in LLAMA.items() if key not in ("rope_theta", "torch_dtype")}
+    new |= {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}, "dtype": "bfloat16"}
+    facts = arch_from_hf(old)
+    assert facts == arch_from_hf(new)
+    assert facts.rope_theta == 5e5
+    assert facts.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert facts.dtype == "bfloat16"
+    assert facts.kv_channels == 6
+    assert not facts.tied
+    assert not facts.qkv_bias
+
+
+def test_defaults_are_those_of_transformers():
+    config = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rope_theta")}
+    facts = arch_from_hf(config | {"head_dim": None, "rope_scaling": None, "pretraining_tp": 2})
+    assert facts.num_query_groups == facts.num_attention_heads
+    assert facts.rope_theta == 10000.0
+
+
+def test_qwen2_has_biases_and_may_be_tied():
+    facts = arch_from_hf(QWEN2 | {"tie_word_embeddings": True, "head_dim": 8})
+    assert facts.qkv_bias
+    assert facts.tied
+    assert facts.kv_channels == 8
+
+
+def test_a_config_without_architectures_goes_by_its_model_type():
+    config = hf_dict(Qwen2Config(**SMALL, architectures=None))
+    assert arch_from_hf(config).family == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "read MixtralForCausalLM; known are LlamaForCausalLM"),
+        ({"architectures": []}, "read none, and model_type None; known are"),
+        ({"hidden_act": "gelu"}, "hidden_act: read 'gelu'; only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias: read True"),
+        ({"mlp_bias": True}, "mlp_bias: read True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: read 0.5"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .*unquantised"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type 'yarn'; known are 'default' and 'llama3'",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: read None"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+            "rope_theta: read 500000.0; only 1000",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            r"one set for each of \['full_attention'",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: read 'float8_e4m3fn'; expected one of float32"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: read None; expected a whole number"),
+        ({"vocab_size": "37"}, "vocab_size: read '37'"),
+        ({"num_key_value_heads": 3}, "3 does not divide num_attention_heads = 4"),
+        ({"hidden_size": 26}, "num_attention_heads = 4 does not divide hidden_size = 26"),
+    ],
+)
+def test_what_we_would_compute_differently_is_refused(change, words):
+    with pytest.raises(WeightsError, match=f"config.json .*{words}"):
+        arch_from_hf(LLAMA | change)
+
+
+@pytest.mark.parametrize("change", [{"use_sliding_window": True}, {"layer_types": ["sliding_attention"]}])
+def test_sliding_windows_are_refused(change):
+    with pytest.raises(WeightsError, match=next(iter(change))):
+        arch_from_hf(QWEN2 | change)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, head_dim=10, tie_word_embeddings=True),
+        Qwen2Config(**SMALL),
+        Qwen2Config(**SMALL, tie_word_embeddings=True),
+        LLAMA_8B,
+        LLAMA_70B,
+        QWEN2_72B,
+    ],
+)
+def test_parameter_count_is_that_of_transformers(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert parameter_count(arch_from_hf(hf_dict(config))) == model.num_parameters()
+
+
+def test_flops_give_the_documented_floor():
+    """790 TFLOP/s are 17,236 tokens/s of Llama-3-8B on segments of 1024 tokens, a loss on each row."""
+    facts = arch_from_hf(hf_dict(LLAMA_8B))
+    forward = (
+        facts.linear_flops_per_token + facts.attention_flops_per_token(1024) + facts.head_flops_per_token
+    )
+    assert 790e12 / (3 * forward) == pytest.approx(17236, abs=2)
