@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import CheckpointError, ParalignError
 
@@ -25,11 +25,15 @@ from .launch import RankEnv, rank_environment
 from .layout import resolve
 from .recipe import Recipe, dump, load
 
+if TYPE_CHECKING:
+    from .mesh import Mesh
+    from .trainer import Trainer
+
 
 def main(arguments: Sequence[str]) -> int:
     """Train as this process's rank; the exit code: 0, or 2 for an error that the user can mend."""
     env = rank_environment()
-    store_of_run: list[Any] = []
+    world_store: list[Any] = []  # filled once the ranks have met
     try:
         recipe = load(Path(arguments[0]), arguments[1:])
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
@@ -40,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
             global_batch_size=recipe.train.global_batch_size,
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
-        train(recipe, env, store_of_run)
+        meet_and_train(recipe, env, world_store)
     except ParalignError as error:
-        if _first_to_fail(env, store_of_run):
+        if _first_to_fail(env, world_store):
             print(f"error: {error}", file=sys.stderr, flush=True)
         # Without waiting: other ranks may sit in a collective that this one will never join.
         sys.stdout.flush()
@@ -50,12 +54,46 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train(recipe: Recipe, env: RankEnv, store_of_run: list[Any]) -> None:
-    """Build the parts of a run and train to its end."""
+def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> None:
+    """Join the other ranks, check the recipe on all of them, train."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="megatron")
-    import torch
+    from .mesh import open_world
 
+    host, port = env.master.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    with open_world(
+        rank=env.rank,
+        world_size=env.world_size,
+        local_rank=env.local_rank,
+        timeout_minutes=recipe.layout.distributed_timeout_minutes,
+    ) as opened:
+        world_store.append(opened)
+        with _rank_0_first(env, opened):
+            report = check(recipe, env.world_size, progress=env.rank == 0)
+        train(report, local_rank=env.local_rank)
+
+
+def train(report: CheckReport, *, local_rank: int) -> None:
+    """Train a checked recipe in an open world, from its newest checkpoint if it has one."""
+    from .mesh import open_mesh
+
+    recipe = report.recipe
+    if recipe.model.deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh:
+        trainer = build_trainer(report, mesh)
+        try:
+            trainer.fit()
+        finally:
+            trainer.log.close()
+
+
+def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
+    """Model, optimizer, loaders, checkpoints and log of one rank, with the state of the newest checkpoint."""
     from paralign.models.attention import choose_kernel
 
     from .build import (
@@ -70,122 +108,93 @@ def train(recipe: Recipe, env: RankEnv, store_of_run: list[Any]) -> None:
     from .checkpoint.native import NativeCheckpoints
     from .data.loader import PackLoader
     from .kernels.parts import choose_parts
-    from .mesh import open_mesh, open_world
     from .objectives import OBJECTIVES
     from .observe.metrics import MetricsLog
     from .observe.throughput import Throughput, peak_flops
     from .optim import Optimizer
     from .trainer import Cadence, Trainer
 
-    host, port = env.master.rsplit(":", 1)
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
-    timeout = recipe.layout.distributed_timeout_minutes
-    if recipe.model.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    with open_world(
-        rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=timeout
-    ) as world_store:
-        store_of_run.append(world_store)
-        with _rank_0_first(env, world_store):
-            report = check(recipe, env.world_size, progress=env.rank == 0)
-        arch, layout = report.arch, report.layout
-        with open_mesh(layout, local_rank=env.local_rank, seed=recipe.train.seed) as mesh:
-            dtype = DTYPES[recipe.model.dtype]
-            config = transformer_config(arch, layout, recipe.model)
-            chunks = build_chunks(config, arch, mesh, choose_parts())
+    recipe, arch, layout = report.recipe, report.arch, report.layout
+    dtype = DTYPES[recipe.model.dtype]
+    config = transformer_config(arch, layout, recipe.model)
+    chunks = build_chunks(config, arch, mesh, choose_parts())
+    if recipe.model.init == "random":
+        read = random_weights(arch, seed=recipe.train.seed, dtype=dtype, device=mesh.device)
+    else:
+        read = HFReader(recipe.model.hf).read
+    load_weights(chunks, arch, mesh, read)
+    wrapped = wrap_for_data_parallel(chunks, config, layout)
+    optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype)
 
-            checkpoint_root = recipe.run_dir / "checkpoints"
-            newest = _resume_from(recipe, checkpoint_root)
-            if recipe.model.init == "random":
-                read = random_weights(arch, seed=recipe.train.seed, dtype=dtype, device=mesh.device)
-            else:
-                read = HFReader(recipe.model.hf).read
-            load_weights(chunks, arch, mesh, read)
-            wrapped = wrap_for_data_parallel(chunks, config, layout)
-            optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype)
-
-            make_loader = partial(
-                PackLoader,
-                global_batch_size=recipe.train.global_batch_size,
-                seed=recipe.train.seed,
-                dp_rank=mesh.dp_rank,
-                dp_size=layout.dp,
-                micro_batch_multiple=layout.micro_batch_multiple,
-                device=mesh.device,
-            )
-            loaders = {name: make_loader(cache) for name, cache in report.caches.items()}
-            assets = Assets(recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template))
-            checkpoints = NativeCheckpoints(
-                checkpoint_root,
-                recipe.checkpoint,
-                mesh,
-                wrapped,
-                optimizer,
-                assets=assets,
-                recipe=dump(recipe),
-            )
-            first_step = 0
-            if newest is not None:
-                first_step = _resume(checkpoints, newest, report, loaders["train"].fingerprint)
-            log = MetricsLog.for_rank(
-                mesh.rank, recipe.run_dir, first_step=first_step, total_steps=report.total_steps
-            )
-            log.start(
-                report.facts()
-                | {
-                    "attention": f"{choose_kernel(mesh.device, dtype).__name__} on {mesh.device.type}",
-                    "start": f"step {first_step}" + (f", resumed from {newest}" if newest else ""),
-                }
-            )
-            trainer = Trainer(
-                arch=arch,
-                mesh=mesh,
-                chunks=wrapped,
-                objective=OBJECTIVES[recipe.objective](),
-                optimizer=optimizer,
-                schedule=recipe.optimizer,
-                train_loader=loaders["train"],
-                validation={
-                    name.removeprefix("validation/"): loader
-                    for name, loader in loaders.items()
-                    if name != "train"
-                },
-                checkpoints=checkpoints,
-                export=partial(
-                    export_hf,
-                    chunks,
-                    arch,
-                    mesh,
-                    assets=assets,
-                    dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
-                    max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
-                ),
-                export_dir=recipe.run_dir / "hf",
-                cadence=Cadence(
-                    log=recipe.train.log_every_steps,
-                    evaluate=recipe.train.eval_every_steps,
-                    save=recipe.checkpoint.save_every_steps,
-                    export=recipe.checkpoint.export_every_steps,
-                ),
-                log=log,
-                throughput=Throughput(world_size=env.world_size, peak=peak_flops(mesh.device)),
-                first_step=first_step,
-                total_steps=report.total_steps,
-            )
-            try:
-                trainer.fit()
-            finally:
-                log.close()
-
-
-def _resume_from(recipe: Recipe, root: Path) -> Path | None:
-    newest = store.latest(root)
-    if newest is not None and recipe.checkpoint.resume == "never":
-        raise CheckpointError(
-            f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+    loaders = {
+        name: PackLoader(
+            cache,
+            global_batch_size=recipe.train.global_batch_size,
+            seed=recipe.train.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=layout.dp,
+            micro_batch_multiple=layout.micro_batch_multiple,
+            device=mesh.device,
         )
-    return newest
+        for name, cache in report.caches.items()
+    }
+    assets = Assets(recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template))
+    root = recipe.run_dir / "checkpoints"
+    checkpoints = NativeCheckpoints(
+        root, recipe.checkpoint, mesh, wrapped, optimizer, assets=assets, recipe=dump(recipe)
+    )
+    newest = store.latest(root)
+    first_step = 0
+    if newest is not None:
+        if recipe.checkpoint.resume == "never":
+            raise CheckpointError(
+                f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+            )
+        first_step = _resume(checkpoints, newest, report, loaders["train"].fingerprint)
+
+    log = MetricsLog.for_rank(
+        mesh.rank, recipe.run_dir, first_step=first_step, total_steps=report.total_steps
+    )
+    log.start(
+        report.facts()
+        | {
+            "attention": f"{choose_kernel(mesh.device, dtype).__name__} on {mesh.device.type}",
+            "start": f"step {first_step}" + (f", resumed from {newest}" if newest else ""),
+        }
+    )
+    return Trainer(
+        arch=arch,
+        mesh=mesh,
+        chunks=wrapped,
+        objective=OBJECTIVES[recipe.objective](),
+        optimizer=optimizer,
+        schedule=recipe.optimizer,
+        train_loader=loaders["train"],
+        validation={
+            name.removeprefix("validation/"): loader for name, loader in loaders.items() if name != "train"
+        },
+        checkpoints=checkpoints,
+        export=partial(
+            export_hf,
+            chunks,
+            arch,
+            mesh,
+            assets=assets,
+            dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
+            max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
+        ),
+        export_dir=recipe.run_dir / "hf",
+        cadence=Cadence(
+            log=recipe.train.log_every_steps,
+            evaluate=recipe.train.eval_every_steps,
+            save=recipe.checkpoint.save_every_steps,
+            export=recipe.checkpoint.export_every_steps,
+        ),
+        log=log,
+        throughput=Throughput(world_size=mesh.world_size, peak=peak_flops(mesh.device)),
+        first_step=first_step,
+        total_steps=report.total_steps,
+    )
 
 
 def _resume(checkpoints: Any, directory: Path, report: CheckReport, data: str) -> int:
@@ -198,8 +207,8 @@ def _resume(checkpoints: Any, directory: Path, report: CheckReport, data: str) -
     if progress.data != data:
         raise CheckpointError(
             f"{directory}: was trained on other samples or packs than data and train now give, so that samples "
-            "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or start "
-            "a new run_dir from the export"
+            "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or "
+            "start a new run_dir from the export"
         )
     return progress.step
 
@@ -214,12 +223,12 @@ def _rank_0_first(env: RankEnv, world_store: Any) -> Iterator[None]:
         world_store.set("rank 0 is ready", "")
 
 
-def _first_to_fail(env: RankEnv, store_of_run: list[Any]) -> bool:
+def _first_to_fail(env: RankEnv, world_store: list[Any]) -> bool:
     """Whether this rank is the one to print: an error that all ranks find is told once."""
-    if not store_of_run:
+    if not world_store:
         return env.rank == 0
     try:
-        return store_of_run[0].add("ranks that failed", 1) == 1
+        return world_store[0].add("ranks that failed", 1) == 1
     except Exception:  # the store went with the rank that failed first
         return False
 

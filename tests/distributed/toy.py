@@ -1,0 +1,90 @@
+"""A toy to train for real in tests: a directory with tokenizer, model and chats, and a recipe for it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paralign.engine.check import check
+from paralign.engine.recipe import load
+from paralign.engine.run import train
+
+from .reference import tiny_model
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "tree", "bird", "fish"]
+
+
+def make_toy(directory: Path, *, family: str = "llama", n_chats: int = 120) -> None:
+    """Write `model/` (tokenizer and random weights) and `chats.jsonl`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "[UNK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, "user", "assistant", "system", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", unk_token="[UNK]"
+    )
+    fast.add_special_tokens({"additional_special_tokens": special[1:3]})
+    model = tiny_model(family, layers=4)
+    model.save_pretrained(directory / "model")
+    fast.save_pretrained(directory / "model")
+    generator = random.Random(5)
+    with (directory / "chats.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(n_chats):
+            question = " ".join(generator.choices(WORDS, k=generator.randint(1, 20)))
+            answer = " ".join(reversed(question.split()))
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def write_recipe(directory: Path, name: str, layout: dict[str, Any], **changes: Any) -> Path:
+    """A recipe for the toy; `changes` are dotted keys with `__` for the dot."""
+    recipe: dict[str, Any] = {
+        "objective": "sft",
+        "run_dir": str(directory / name),
+        "model": {"hf": str(directory / "model"), "dtype": "fp32"},
+        "layout": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1} | layout,
+        "data": {
+            "train": str(directory / "chats.jsonl"),
+            "validation": {"same": str(directory / "chats.jsonl")},
+            "chat_template": "chatml",
+            "tokens_per_pack": 96,
+            "too_long": "error",
+            "cache_dir": str(directory / "cache"),
+            "workers": 1,
+        },
+        "optimizer": {"lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_steps": 2, "weight_decay": 0.1},
+        "train": {"global_batch_size": 8, "max_steps": 10, "seed": 3, "eval_every_steps": 5},
+        "checkpoint": {"save_every_steps": 5},
+    }
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        recipe[section][leaf] = value
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def train_recipe(rank: int, world_size: int, path: Path, stop_before: int | None = None) -> None:
+    """Train as one rank of the pool; with `stop_before`, the process dies at that step, as by kill −9."""
+    report = check(load(path), world_size)
+    if stop_before is not None:
+        from paralign.engine.trainer import Trainer
+
+        untouched = Trainer.train_step
+
+        def die_at(self: Trainer, step: int, batch: Any) -> dict[str, float]:
+            if step == stop_before:
+                import os
+
+                os._exit(9)
+            return untouched(self, step, batch)
+
+        Trainer.train_step = die_at  # type: ignore[method-assign]
+    train(report, local_rank=rank)

@@ -1,0 +1,91 @@
+"""The house's one direction of imports, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lower floors first: a room may import rooms of its own floor's list only if they stand lower.
+FLOORS = [
+    {"config"},
+    {"batch"},
+    {"layout", "model", "schedule", "kernels"},
+    {"mesh"},
+    {"build", "optim"},
+    {"data", "objectives", "checkpoint", "observe"},
+    {"convert", "merge", "step"},
+    {"score"},
+    {"recipe_file"},
+    {"recipe"},
+    {"check"},
+    {"trainer"},
+    {"launch"},
+    {"run"},
+    {"cli"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def _sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, relative imports resolved."""
+    package = ["paralign", *path.relative_to(ROOT).with_suffix("").parts]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: -node.level] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _room(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[2] if parts[:2] == ["paralign", "engine"] and len(parts) > 2 else None
+
+
+@pytest.mark.parametrize("path", _sources("models"), ids=str)
+def test_models_import_nothing_of_the_engine(path: Path) -> None:
+    assert not [name for name in _imports(path) if name.startswith(("paralign.engine", "paralign.tools"))]
+
+
+@pytest.mark.parametrize("package", ["models", "engine", "tools"])
+def test_megatron_has_one_door(package: str) -> None:
+    doors = {
+        path.name for path in _sources(package) for name in _imports(path) if name.startswith("megatron")
+    }
+    assert doors <= {"mcore.py"}
+
+
+@pytest.mark.parametrize("path", _sources("engine"), ids=str)
+def test_engine_imports_downwards(path: Path) -> None:
+    parts = path.relative_to(ROOT / "engine").with_suffix("").parts
+    here = parts[0]
+    if here == "__init__":
+        return
+    assert here in FLOOR_OF, f"{here}: a new room; give it a floor"
+    for name in _imports(path):
+        assert not name.startswith("paralign.tools"), name
+        room = _room(name)
+        if room and room != here:
+            assert FLOOR_OF[room] < FLOOR_OF[here], f"{here} imports {name}"
+
+
+def test_checking_a_recipe_starts_at_once() -> None:
+    """Neither the command line nor what checks, converts and inspects costs megatron-core's five seconds."""
+    code = (
+        "import sys; import paralign.engine.cli, paralign.engine.check, paralign.engine.convert; "
+        "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
