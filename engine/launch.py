@@ -101,6 +101,7 @@ def run_local(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
+    shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d prints stacks where a rank is merely gone
     shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     command = [sys.executable, "-m", module, str(recipe), *overrides]
     ranks: list[subprocess.Popen[str]] = []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,12 +47,13 @@ def main(arguments: Sequence[str]) -> int:
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
         meet_and_train(recipe, env, world_store)
-    except ParalignError as error:
+    except Exception as error:
+        mendable = isinstance(error, ParalignError)
         if _first_to_fail(env, world_store):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}" if mendable else traceback.format_exc(), file=sys.stderr, flush=True)
         # Without waiting: other ranks may sit in a collective that this one will never join.
         sys.stdout.flush()
-        os._exit(2)
+        os._exit(2 if mendable else 1)
     return 0
 
 
@@ -224,8 +227,10 @@ def _rank_0_first(env: RankEnv, world_store: Any) -> Iterator[None]:
 
 
 def _first_to_fail(env: RankEnv, world_store: list[Any]) -> bool:
-    """Whether this rank is the one to print: an error that all ranks find is told once."""
+    """Whether this rank is the one to print: the first error is the cause, the others only follow from it."""
     if not world_store:
+        if env.rank > 0:
+            time.sleep(5)  # rank 0 finds the same; who leaves first ends the others, and it has to print
         return env.rank == 0
     try:
         return world_store[0].add("ranks that failed", 1) == 1
