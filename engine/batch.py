@@ -5,7 +5,7 @@ Shape suffixes: T rows of a pack, S segments of a pack.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ class StepBatch:
         sample_ids: ids of all the samples in the step, over all ranks, in pack order.
     """
 
-    micro_batches: list[PackedBatch]
+    micro_batches: Sequence[PackedBatch]
     counts: Mapping[Unit, int]
     n_samples: int
     n_tokens: int

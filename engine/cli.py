@@ -82,6 +82,33 @@ def train(
     raise typer.Exit(run_local(recipe, overrides or (), report.layout.world_size))
 
 
+@app.command()
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each; a rank runs on each GPU.")] = 8,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM's account.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 2-00:00:00.")] = None,
+    requeue: Annotated[bool, typer.Option(help="Queue again when the time limit stops the run.")] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Show the script and submit nothing.")] = False,
+) -> None:
+    """Check a recipe, then submit it to SLURM."""
+    from .check import check
+    from .recipe import load
+    from .slurm import Job, batch_script, submit
+
+    loaded = load(recipe, overrides or ())
+    job = Job(nodes, gpus_per_node, partition, account, time, requeue)
+    script = batch_script(recipe.resolve(), overrides or (), job, run_dir=loaded.run_dir)
+    if print_only:
+        typer.echo(script, nl=False)
+        return
+    check(loaded, nodes * gpus_per_node, progress=True)
+    typer.echo(submit(script, run_dir=loaded.run_dir))
+
+
 @app.command("check")
 def check_command(
     recipe: RecipePath,

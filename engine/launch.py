@@ -20,6 +20,7 @@ from typing import IO
 from paralign.models.errors import TrainingError
 
 _POLL_SECONDS = 0.02
+_ASKS_TO_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -88,8 +89,9 @@ def run_local(
     """Runs `python -m MODULE RECIPE key=value …` as `nproc` ranks on this machine and waits for them all.
 
     Rank 0 writes to this terminal; of the others only stderr is shown, each line behind `[rank N]`. When a
-    rank fails, or this process is told to stop (SIGINT, SIGTERM, SIGHUP), every rank gets SIGTERM and, after
-    `grace_seconds`, SIGKILL. If this process itself is killed, Linux kills the ranks.
+    rank fails, or this process gets SIGINT or SIGHUP, every rank gets SIGTERM and, after `grace_seconds`,
+    SIGKILL. SIGTERM and SIGUSR1 ask the ranks to save and stop, however long that takes; a second signal ends
+    them. If this process itself is killed, Linux kills the ranks.
 
     Returns:
         0, or the exit code of the rank that failed first; 128 + N after signal N.
@@ -153,7 +155,13 @@ def _echo(stream: IO[str], prefix: str) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen[str]], caught: list[int]) -> int:
-    while not caught:
+    asked = False
+    while not caught or (not asked and caught[0] in _ASKS_TO_SAVE):
+        if caught:
+            asked, number = True, signal.Signals(caught.pop())
+            print(f"{number.name}: the ranks save and stop", file=sys.stderr)
+            for process in ranks:
+                process.send_signal(number)
         codes = [process.poll() for process in ranks]
         for rank, code in enumerate(codes):
             if code:
@@ -187,7 +195,7 @@ def _caught_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: caught.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in (signal.SIGINT, signal.SIGHUP, *_ASKS_TO_SAVE)
     }
     try:
         yield caught

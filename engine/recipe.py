@@ -27,6 +27,9 @@ class TrainConfig(Section):
         seed: of packing, order and random weights.
         eval_every_steps: steps between evaluations, the first before step 0; null never evaluates.
         log_every_steps: steps between log lines.
+        on_nonfinite: what a gradient norm that is not finite does: `stop` saves and ends the run, `skip` leaves
+            the step out; both name its samples.
+        stall_timeout_minutes: a rank that does not move for so long ends the run, and is named.
     """
 
     global_batch_size: int = Field(ge=1)
@@ -35,6 +38,8 @@ class TrainConfig(Section):
     seed: int = Field(ge=0)
     eval_every_steps: int | None = Field(None, ge=1)
     log_every_steps: int = Field(1, ge=1)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    stall_timeout_minutes: float = Field(20, gt=0)
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
@@ -72,6 +77,16 @@ class Recipe(Section):
     @property
     def tokenizer_dir(self) -> Path:
         return self.tokenizer or self.model.hf
+
+    @model_validator(mode="after")
+    def _stalls_are_found_first(self) -> Recipe:
+        if self.train.stall_timeout_minutes >= self.layout.distributed_timeout_minutes:
+            raise ValueError(
+                f"train.stall_timeout_minutes {self.train.stall_timeout_minutes:g} must be below "
+                f"layout.distributed_timeout_minutes {self.layout.distributed_timeout_minutes}, "
+                "or a collective gives up before the slow rank is named"
+            )
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

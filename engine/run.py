@@ -27,13 +27,20 @@ from .launch import RankEnv, rank_environment
 from .layout import resolve
 from .recipe import Recipe, dump, load
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the state is saved, start it again
+
 if TYPE_CHECKING:
     from .mesh import Mesh
     from .trainer import Trainer
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as this process's rank; the exit code: 0, or 2 for an error that the user can mend."""
+    """Train as this process's rank.
+
+    Returns:
+        The exit code: 0; 2 for an error that the user can mend; `EXIT_STOPPED` if a signal ended the run and it
+        is to be started again.
+    """
     env = rank_environment()
     world_store: list[Any] = []  # filled once the ranks have met
     try:
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             global_batch_size=recipe.train.global_batch_size,
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
-        meet_and_train(recipe, env, world_store)
+        whole = meet_and_train(recipe, env, world_store)
     except Exception as error:
         mendable = isinstance(error, ParalignError)
         if _first_to_fail(env, world_store):
@@ -54,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
         # Without waiting: other ranks may sit in a collective that this one will never join.
         sys.stdout.flush()
         os._exit(2 if mendable else 1)
-    return 0
+    return 0 if whole else EXIT_STOPPED
 
 
-def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> None:
-    """Join the other ranks, check the recipe on all of them, train."""
+def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> bool:
+    """Join the other ranks, check the recipe on all of them, train; see `train`."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="megatron")
     from .mesh import open_world
@@ -74,11 +81,15 @@ def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> None
         world_store.append(opened)
         with _rank_0_first(env, opened):
             report = check(recipe, env.world_size, progress=env.rank == 0)
-        train(report, local_rank=env.local_rank)
+        return train(report, local_rank=env.local_rank)
 
 
-def train(report: CheckReport, *, local_rank: int) -> None:
-    """Train a checked recipe in an open world, from its newest checkpoint if it has one."""
+def train(report: CheckReport, *, local_rank: int) -> bool:
+    """Train a checked recipe in an open world, from its newest checkpoint if it has one.
+
+    Returns:
+        Whether the run came to its end.
+    """
     from .mesh import open_mesh
 
     recipe = report.recipe
@@ -90,7 +101,8 @@ def train(report: CheckReport, *, local_rank: int) -> None:
     with open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh:
         trainer = build_trainer(report, mesh)
         try:
-            trainer.fit()
+            with trainer.health:
+                return trainer.fit()
         finally:
             trainer.log.close()
 
@@ -112,6 +124,7 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     from .data.loader import PackLoader
     from .kernels.parts import choose_parts
     from .objectives import OBJECTIVES
+    from .observe.health import Health
     from .observe.metrics import MetricsLog
     from .observe.throughput import Throughput, peak_flops
     from .optim import Optimizer
@@ -158,11 +171,14 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     log = MetricsLog.for_rank(
         mesh.rank, recipe.run_dir, first_step=first_step, total_steps=report.total_steps
     )
+    left = store.passed_over(root)
     log.start(
         report.facts()
         | {
             "attention": f"{choose_kernel(mesh.device, dtype).__name__} on {mesh.device.type}",
-            "start": f"step {first_step}" + (f", resumed from {newest}" if newest else ""),
+            "start": f"step {first_step}"
+            + (f", resumed from {newest}" if newest else "")
+            + (f"; passed over {', '.join(left)}, not finished" if left else ""),
         }
     )
     return Trainer(
@@ -194,6 +210,14 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
             export=recipe.checkpoint.export_every_steps,
         ),
         log=log,
+        health=Health(
+            recipe.run_dir,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            device=mesh.device,
+            stall_seconds=60 * recipe.train.stall_timeout_minutes,
+        ),
+        on_nonfinite=recipe.train.on_nonfinite,
         throughput=Throughput(world_size=mesh.world_size, peak=peak_flops(mesh.device)),
         first_step=first_step,
         total_steps=report.total_steps,

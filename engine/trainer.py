@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .checkpoint.store import Progress
 from .data.loader import PackLoader
 from .mesh import Mesh
 from .objectives import Objective
+from .observe.health import Health
 from .observe.metrics import MetricsLog
 from .observe.throughput import Throughput
 from .optim import Optimizer
@@ -62,20 +63,31 @@ class Trainer:
     export_dir: Path
     cadence: Cadence
     log: MetricsLog
+    health: Health
+    on_nonfinite: Literal["stop", "skip"]
     throughput: Throughput
     first_step: int
     total_steps: int
 
-    def fit(self) -> None:
+    def fit(self) -> bool:
         """Train to the last step, then evaluate, save and export.
 
+        Returns:
+            False if a signal asked to stop before the end; then the state is saved and nothing is exported.
+
         Raises:
-            TrainingError: a gradient norm that is not finite; the weights are those before that step.
+            TrainingError: a gradient norm that is not finite, where that is to stop the run; the weights are
+                those before that step, and saved.
         """
         measured: dict[str, float] = {}
         for step in range(self.first_step, self.total_steps):
+            if self.health.stop_agreed():
+                self.save(step, measured)
+                self.checkpoints.finish()
+                return False
             if _due(self.cadence.evaluate, step):
                 measured = self.evaluate(step)
+            self.health.at("data", step)
             batch = self.train_loader.step(step)
             values = self.train_step(step, batch)
             if _due(self.cadence.log, step) or step + 1 == self.total_steps:
@@ -93,30 +105,45 @@ class Trainer:
             self.save(self.total_steps, measured)
         self.checkpoints.finish()
         self.write_weights("final")
+        return True
 
     def train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
         """One update; its metrics."""
         lr = learning_rate(self.schedule, step, self.total_steps)
         self.optimizer.zero_grad()
-        sums = run_step(self.chunks, batch, self.objective, self.mesh, train=True)
+        self.health.at("forward and backward", step)
+        marked = replace(batch, micro_batches=self.health.marking(batch.micro_batches))
+        sums = run_step(self.chunks, marked, self.objective, self.mesh, train=True)
+        self.health.at("optimizer", step)
         update = self.optimizer.step(lr)
         if not update.updated:
-            ids = ", ".join(map(str, batch.sample_ids[:8]))
-            raise TrainingError(
-                f"step {step}: the gradient norm is {update.grad_norm}; weights are unchanged; samples of the step: "
-                f"{ids}{', …' if len(batch.sample_ids) > 8 else ''}; lower optimizer.lr or look at these samples"
-            )
+            self._refuse(step, batch, update.grad_norm)
         self.throughput.step_done(batch.n_tokens, self._flops(batch))
         return {
             **self._means(sums),
             "grad_norm": update.grad_norm,
             "learning_rate": lr,
             "samples": float(batch.n_samples),
+            **({} if update.updated else {"skipped": 1.0}),
         }
+
+    def _refuse(self, step: int, batch: StepBatch, grad_norm: float) -> None:
+        """What the recipe says of a step without a finite gradient norm: its weights stay as they were."""
+        places = [self.train_loader.cache.place(i) for i in batch.sample_ids]
+        message = (
+            f"step {step}: the gradient norm is {grad_norm}; the weights stay as they were before it; its "
+            f"{len(places)} samples: {', '.join(places[:8])}{', …' if len(places) > 8 else ''}"
+        )
+        self.log.note(step, message)
+        if self.on_nonfinite == "stop":
+            self.save(step, {})
+            self.checkpoints.finish()
+            raise TrainingError(message)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics over every validation set, before step number `step`."""
         go_on = self.throughput.pause()
+        self.health.at("evaluation", step)
         self.optimizer.synchronize_weights()
         values: dict[str, float] = {}
         for name, loader in self.validation.items():
@@ -131,12 +158,14 @@ class Trainer:
     def save(self, done: int, measured: Mapping[str, float]) -> None:
         """Save the state after `done` steps."""
         go_on = self.throughput.pause()
+        self.health.at("saving a checkpoint", done)
         self.checkpoints.save(Progress(done, self.train_loader.fingerprint, measured))
         go_on()
 
     def write_weights(self, name: str) -> None:
         """Export the model as it is."""
         go_on = self.throughput.pause()
+        self.health.at(f"exporting {name}", self.total_steps)
         self.optimizer.synchronize_weights()
         self.export(self.export_dir / name)
         go_on()

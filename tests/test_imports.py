@@ -25,7 +25,7 @@ FLOORS = [
     {"recipe"},
     {"check"},
     {"trainer"},
-    {"launch"},
+    {"launch", "slurm"},
     {"run"},
     {"cli"},
 ]

@@ -6,9 +6,12 @@ Owns what is saved and that it appears whole or not at all; store.py owns the di
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError
@@ -66,9 +69,16 @@ class NativeCheckpoints:
         """Write the state after `progress.step` steps; with `async_save` the writing goes on in the background.
 
         Collective over all ranks.
+
+        Raises:
+            CheckpointError: it cannot be written, as on a full disk; older checkpoints stay as they are.
         """
         self.finish()
         directory = store.directory_of(self.root, progress.step)
+        with self._naming(directory):
+            self._save(directory, progress)
+
+    def _save(self, directory: Path, progress: store.Progress) -> None:
         partial = store.unfinished(directory)
         if self._mesh.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,11 +103,26 @@ class NativeCheckpoints:
 
     def poll(self) -> None:
         """Publish a background save that every rank has finished; cheap where there is none. Collective."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        with self._naming(self.root):
+            self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Wait for a background save. Collective."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        with self._naming(self.root):
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    @contextmanager
+    def _naming(self, what: Path) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException, and seldom says why
+            newest = store.latest(self.root)
+            kept = f"{newest} is complete and stays" if newest else "there is none before it"
+            free = shutil.disk_usage(self.root).free / 1e9
+            raise CheckpointError(
+                f"{what}: could not be written ({error!r}), {free:.3f} GB are free there; {kept}; "
+                "make room and start the run again"
+            ) from error
 
     def load(self, directory: Path, arch: Arch) -> store.Progress:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.

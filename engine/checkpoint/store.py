@@ -56,9 +56,18 @@ def complete(root: Path) -> list[Path]:
     return sorted((path for path in found if (path / PROGRESS).is_file()), key=_step_of)
 
 
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint; the tracker file is for people and other tools, and is not needed."""
-    return max(complete(root), key=_step_of, default=None)
+def latest(root: Path, *, at_most: int | None = None) -> Path | None:
+    """The newest complete checkpoint, or the newest after at most so many steps.
+
+    The tracker file is for people and other tools, and is not needed.
+    """
+    found = [path for path in complete(root) if at_most is None or _step_of(path) <= at_most]
+    return max(found, key=_step_of, default=None)
+
+
+def passed_over(root: Path) -> list[str]:
+    """Names of checkpoints that a run left unfinished."""
+    return sorted(path.name for path in root.glob("iter_*.part"))
 
 
 def read_progress(directory: Path) -> Progress:

@@ -38,6 +38,7 @@ class Sink(Protocol):
 
     def start(self, facts: Mapping[str, str]) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def note(self, step: int, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,6 +64,11 @@ class MetricsLog:
         """Reports values of a step, counted from 0."""
         for sink in self._sinks:
             sink.log(step, values)
+
+    def note(self, step: int, text: str) -> None:
+        """Reports something that happened at a step, in words."""
+        for sink in self._sinks:
+            sink.note(step, text)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -91,6 +97,10 @@ class JsonLines:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+
+    def note(self, step: int, text: str) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), "note": text}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -145,6 +155,10 @@ class ConsoleLog:
             self._print(f"step {step}", *validation)
         if training:
             self._bar.update(self._task, completed=step + 1, values="  ".join(training))
+
+    def note(self, step: int, text: str) -> None:
+        del step  # the text names it
+        self._print(text)
 
     def close(self) -> None:
         self._bar.stop()

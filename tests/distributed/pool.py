@@ -8,10 +8,12 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -35,6 +37,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, connection: Connection) -> None:
+    os.setsid()  # what a rank starts, such as the writers of a checkpoint, is to end with it
     while True:
         try:
             message = connection.recv_bytes()
@@ -76,6 +79,8 @@ class RankPool:
 
     def _kill(self) -> None:
         for process, connection in self.workers:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             connection.close()
         for process, _ in self.workers:

@@ -1,0 +1,226 @@
+"""Faults in the middle of a run at TP2 × PP2: each ends within its bound, and the next start equals no fault."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paralign.engine.checkpoint import store
+from paralign.engine.observe.health import EXIT_STALLED, Position, describe_stall
+from paralign.engine.observe.metrics import read_metrics
+from paralign.engine.run import EXIT_STOPPED
+
+from .pool import RankFailure, RankPool
+from .toy import make_toy, train_recipe, write_recipe
+
+TP2_PP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+STEPS = 24
+
+
+def _recipe(toy: Path, name: str, **changes: Any) -> Path:
+    settings = {"train__max_steps": STEPS, "train__eval_every_steps": None, "checkpoint__save_every_steps": 4}
+    return write_recipe(toy, name, TP2_PP2, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("toy")
+    make_toy(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy: Path, ranks: RankPool) -> dict[int, float]:
+    ranks.run(4, train_recipe, _recipe(toy, "undisturbed"))
+    return _losses(toy / "undisturbed")
+
+
+def _losses(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(recipe: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "paralign.engine.cli", "train", str(recipe)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def _rank_pids(recipe: Path) -> list[int]:
+    """Process ids by rank."""
+    found = {}
+    for pid in subprocess.run(
+        ["pgrep", "-f", f"paralign.engine.run {recipe}"], capture_output=True, text=True
+    ).stdout.split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode()
+        if rank := re.search(r"(?:^|\0)RANK=(\d+)", environment):
+            found[int(rank[1])] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _wait_for_steps(run_dir: Path, n: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (run_dir / "metrics.jsonl").exists() or len(_losses(run_dir)) < n:
+        assert time.monotonic() < deadline, "the run did not come as far"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    number: signal.Signals,
+    toy: Path,
+    undisturbed: dict[int, float],
+    launch: Callable[[Path], subprocess.Popen[str]],
+    ranks: RankPool,
+) -> None:
+    recipe = _recipe(toy, f"signal-{number.name}", checkpoint__save_every_steps=100)
+    run_dir = toy / f"signal-{number.name}"
+    process = launch(recipe)
+    _wait_for_steps(run_dir, 2)
+    os.kill(_rank_pids(recipe)[3], number)
+    assert process.wait(60) == EXIT_STOPPED, process.communicate()[1]
+    saved = store.latest(run_dir / "checkpoints")
+    assert saved is not None
+    assert store.read_progress(saved).step == max(_losses(run_dir)) + 1  # nothing done is lost
+    assert not (run_dir / "hf/final").exists()
+
+    ranks.run(4, train_recipe, recipe)
+    assert _losses(run_dir) == undisturbed
+
+
+def test_a_stopped_rank_is_named(
+    toy: Path,
+    undisturbed: dict[int, float],
+    launch: Callable[[Path], subprocess.Popen[str]],
+    ranks: RankPool,
+) -> None:
+    recipe = _recipe(toy, "stalled", train__stall_timeout_minutes=0.1)
+    process = launch(recipe)
+    _wait_for_steps(toy / "stalled", 5)
+    began = time.monotonic()
+    os.kill(_rank_pids(recipe)[2], signal.SIGSTOP)
+    assert process.wait(60) == EXIT_STALLED
+    assert time.monotonic() - began < 45
+    error = process.communicate()[1]
+    assert error.count("error:") == 1
+    assert "rank 2 stalled and does not answer" in error
+    written = sorted((toy / "stalled/stall").iterdir())
+    assert [path.name for path in written] == [f"rank_{rank:05d}.txt" for rank in (0, 1, 3)]
+    assert "Thread" in written[0].read_text()
+
+    ranks.run(4, train_recipe, recipe)
+    assert _losses(toy / "stalled") == undisturbed
+
+
+def test_of_ranks_that_answer_the_one_that_moved_first_is_slow() -> None:
+    position = lambda rank, since: Position(rank, "forward and backward", 7, 2, since)  # noqa: E731
+    written = {rank: position(rank, 100.0 - (rank == 1)) for rank in range(4)}
+    text = describe_stall(written, 4)
+    assert text.startswith("rank 1 stalled: step 7, micro-batch 2, forward and backward, since ")
+
+
+def killed_in_a_save(rank: int, world_size: int, recipe: Path) -> None:
+    from paralign.engine.checkpoint import native
+
+    publish = native.store.publish
+
+    def die(directory: Path) -> None:
+        if directory.name == "iter_0000008":
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(directory)
+
+    native.store.publish = die  # type: ignore[assignment]
+    train_recipe(rank, world_size, recipe)
+
+
+def test_killed_in_a_save(
+    toy: Path, undisturbed: dict[int, float], ranks: RankPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(toy, "killed")
+    with pytest.raises(RankFailure, match="died with exit code -9"):
+        ranks.run(4, killed_in_a_save, recipe)
+    root = toy / "killed/checkpoints"
+    assert store.passed_over(root) == ["iter_0000008.part"]
+    assert store.latest(root) == root / "iter_0000004"
+    capfd.readouterr()
+    ranks.run(4, train_recipe, recipe)
+    assert "iter_0000008.part" in capfd.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
+    assert _losses(toy / "killed") == undisturbed
+
+
+def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
+    from paralign.engine import trainer as module
+
+    run_step, steps = module.run_step, iter(range(1000))
+
+    def poisoned(chunks: Any, batch: Any, objective: Any, mesh: Any, **options: Any) -> Any:
+        sums = run_step(chunks, batch, objective, mesh, **options)
+        if next(steps) == 6 and mesh.is_last_stage and mesh.tp_rank == 1:
+            divided = (p for p in chunks[0].parameters() if getattr(p, "tensor_model_parallel", False))
+            next(divided).main_grad.view(-1)[0] = float("nan")
+        return sums
+
+    module.run_step = poisoned  # type: ignore[assignment]
+    train_recipe(rank, world_size, recipe)
+
+
+def test_nan_stops_the_run_and_is_located(toy: Path, undisturbed: dict[int, float], ranks: RankPool) -> None:
+    recipe = _recipe(toy, "nan-stop")
+    with pytest.raises(RankFailure, match=r"step 6: the gradient norm is nan; .*chats\.jsonl:\d+"):
+        ranks.run(4, nan_at_step_6, recipe)
+    root = toy / "nan-stop/checkpoints"
+    assert store.latest(root) == root / "iter_0000006"  # the weights before that step
+    ranks.run(4, train_recipe, recipe)
+    assert _losses(toy / "nan-stop") == undisturbed
+
+
+def test_nan_is_skipped_where_the_recipe_says_so(
+    toy: Path, undisturbed: dict[int, float], ranks: RankPool
+) -> None:
+    ranks.run(4, nan_at_step_6, _recipe(toy, "nan-skip", train__on_nonfinite="skip"))
+    lines = read_metrics(toy / "nan-skip")
+    assert [line["step"] for line in lines if line.get("skipped")] == [6]
+    assert any("chats.jsonl:" in line.get("note", "") for line in lines)
+    losses = _losses(toy / "nan-skip")
+    assert all(losses[step] == undisturbed[step] for step in range(7))
+    assert losses[7] != undisturbed[7]
+    assert losses[STEPS - 1] < undisturbed[0]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    toy: Path, undisturbed: dict[int, float], ranks: RankPool
+) -> None:
+    disk = toy / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a small file system needs the right to mount one")
+    try:
+        recipe = _recipe(toy, "disk/run")
+        with pytest.raises(RankFailure, match=r"could not be written .* is complete and stays"):
+            ranks.run(4, train_recipe, recipe)
+        newest = store.latest(disk / "run/checkpoints")
+        assert newest is not None
+        subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
+        ranks.run(4, train_recipe, recipe)
+        assert _losses(disk / "run") == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
