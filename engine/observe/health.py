@@ -109,7 +109,7 @@ class Health:
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
         # The others run into the same time-out, each a little later: they moved on until they needed this one.
-        deadline = time.time() + min(30.0, max(2.0, self._stall_seconds))
+        deadline = time.time() + min(30.0, max(2.0, self._stall_seconds / 3))
         while time.time() < deadline and len(self._written()) < self._world_size:
             time.sleep(0.1)
         written = self._written()
