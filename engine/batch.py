@@ -19,9 +19,27 @@ IGNORE = -100  # the label of a row without loss, as in torch and transformers
 
 
 class Column(Enum):
-    """A named tensor beside the tokens of a pack."""
+    """A named tensor beside the tokens of a pack: S segments, P pairs, N answers, R rows with a loss."""
 
     SOURCE = "source"  # (S,) int64: index of the data set a segment came from
+    ANSWER = "answer"  # (S,) int64: id of the answer in its data set; −1 in the padding tail
+    ANSWERS = "answers"  # (N,) int64: the segments that hold answers, in order
+    PAIR = "pair"  # (P, 2) int64: the segments of each pair's chosen and rejected answer
+    IN_ANSWER = (
+        "in_answer"  # (R,) bool: whether the label of a loss row belongs to the answer, not the prompt
+    )
+    DESIRABLE = "desirable"  # (S,) bool: the answer's label; false in the tail
+    SCORE = "score"  # (S,) float32: absolute score of the answer, normalised; NaN where there is none
+    MARGIN = "margin"  # (P,) float32: by how much the chosen answer is better, at least; 0 if not stated
+    REF_LOGPROB = "ref_logprob"  # (S,) float64: log p(answer | prompt) under the reference model
+    BASELINE = "baseline"  # () float32: one number for the whole step
+
+
+class Head(Enum):
+    """What the model's last layer gives for each loss row."""
+
+    LM = "lm"  # log-probability of the row's label
+    SCALAR = "scalar"  # a value
 
 
 class Unit(Enum):
@@ -39,10 +57,11 @@ class PackedBatch:
     Attributes:
         tokens_T: int64 (T,).
         labels_T: int64 (T,), already shifted: row i holds the token it is to predict, or `IGNORE`.
-        loss_rows: int64 (R,), the rows of `labels_T` that are not `IGNORE`, in order; from the loader, so
-            that no kernel asks the device how many there are.
+        loss_rows: int64 (R,), the rows that the head computes, in order: those of `labels_T` that are not
+            `IGNORE`, or under a scalar head those whose value is read; from the loader, so that no kernel asks
+            the device how many there are.
         segments: who attends to whom.
-        columns: per token (T,) or per segment (S,).
+        columns: what objectives need besides; their shapes stand in `Column`.
     """
 
     tokens_T: Tensor
@@ -61,6 +80,8 @@ class StepBatch:
         counts: over the packs of *all* ranks: what a loss in that unit is divided by.
         n_samples, n_tokens: real samples and real tokens over all ranks.
         sample_ids: ids of all the samples in the step, over all ranks, in pack order.
+        mismatched: packs of this rank in which prompts are followed by other prompts' answers, where the
+            objective needs a baseline from them.
     """
 
     micro_batches: Sequence[PackedBatch]
@@ -68,6 +89,7 @@ class StepBatch:
     n_samples: int
     n_tokens: int
     sample_ids: tuple[int, ...]
+    mismatched: list[PackedBatch] = field(default_factory=list)
 
 
 @dataclass

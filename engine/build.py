@@ -51,6 +51,7 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig) -> Transf
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,  # also what sums their gradients over tensor-parallel ranks
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -79,11 +80,12 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig) -> Transf
         overlap_p2p_comm=interleaved and not ON_HOST,
         batch_p2p_comm=not interleaved and not ON_HOST,
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=False,
+        # models/weight_gradient.py offers what this looks for in apex.
+        gradient_accumulation_fusion=model.kernels != "reference",
         masked_softmax_fusion=False,
-        # Their jit is for CUDA; without biases and dropout they compute the same thing.
-        bias_activation_fusion=not ON_HOST,
-        bias_dropout_fusion=not ON_HOST,
+        # Their flag for an activation that takes gate and up together; ours is among the parts.
+        use_te_activation_func=True,
+        bias_activation_fusion=False,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,19 @@ from paralign.models import parameter_count
 from paralign.models.arch import Arch
 from paralign.models.errors import DataError, RecipeError, WeightsError
 
-from .checkpoint.hf import HFReader, arch_of
-from .data.cache import TokenCache, build_or_open
-from .data.packing import plan_packs
+from .batch import Column, Head
+from .checkpoint.hf import arch_of
+from .checkpoint.source import open_source
+from .data.answer_cache import AnswerCache
+from .data.answers import AnswerLayout
+from .data.cache import TokenCache, build, build_or_open
+from .data.config import SourceConfig
+from .data.epochs import Epochs
+from .data.preference import Kind
 from .data.sampler import StepStatistics, step_statistics
 from .layout import Layout, layers_of_stage, resolve, stage_rules
+from .objectives import AnswerSection, Objective, build_objective
+from .objectives.reward import RewardConfig
 from .observe.metrics import facts_block
 from .recipe import Recipe
 from .schedule import warmup_steps
@@ -46,7 +54,7 @@ class CheckReport:
     layout: Layout
     parameters: int
     parameters_per_rank: int
-    caches: Mapping[str, TokenCache]
+    caches: Mapping[str, TokenCache | AnswerCache]
     steps: StepStatistics
     total_steps: int
 
@@ -54,7 +62,11 @@ class CheckReport:
         """The report in words."""
         layout, steps, train = self.layout, self.steps, self.recipe.train
         chunks = f", {layout.vpp} chunks a stage" if layout.vpp > 1 else ""
-        epochs = f"{train.epochs} epochs × {steps.steps:,} = " if train.epochs else ""
+        epochs = (
+            f"{train.epochs} epochs of about {self.total_steps / train.epochs:,.0f}: " if train.epochs else ""
+        )
+        if train.epochs and self.total_steps == train.epochs * steps.steps:
+            epochs = f"{train.epochs} epochs × {steps.steps:,} = "
         return {
             "model": f"{self.recipe.model.hf}: {self.arch.family}, {_billions(self.parameters)} parameters, "
             f"{self.recipe.model.dtype}, from {self.recipe.model.init}",
@@ -84,7 +96,8 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         RecipeError, LayoutError, WeightsError, DataError: the first part that is wrong.
     """
     config, data, train = recipe.layout, recipe.data, recipe.train
-    arch = arch_of(recipe.model.hf)
+    objective = build_objective(recipe.objective)
+    arch = _arch_to_train(recipe, objective)
     layout = resolve(
         config,
         arch,
@@ -93,19 +106,22 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         tokens_per_pack=data.tokens_per_pack,
     )
     _check_recompute(recipe, layout, arch)
-    sets = {"train": data.train, **{f"validation/{name}": (path,) for name, path in data.validation.items()}}
+    sets = data.sets
     absent = [
-        f"data.{name.replace('/', '.')}: {file}" for name in sets for file in sets[name] if not file.is_file()
+        f"data.{name.replace('/', '.')}: {source.path}"
+        for name in sets
+        for source in sets[name]
+        if not source.path.exists()
     ]
     if absent:
         raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
     if recipe.model.init == "weights":
-        HFReader(recipe.model.hf)
+        open_source(recipe.model.hf)
     _check_vocabulary(_largest_id(recipe.tokenizer_dir), recipe, arch)
 
-    caches = {}
-    for name, files in sets.items():
-        cache = caches[name] = build_or_open(data, files, recipe.tokenizer_dir, progress=progress)
+    caches: dict[str, TokenCache | AnswerCache] = {}
+    for name, sources in sets.items():
+        cache = caches[name] = _open_set(recipe, objective, sources, progress=progress)
         _check_vocabulary(cache.max_token, recipe, arch)
         if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
             raise RecipeError(
@@ -114,14 +130,15 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
                 "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
             )
     samples = caches["train"]
+    epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed)
     steps = step_statistics(
-        plan_packs(samples.lengths, data.tokens_per_pack, seed=train.seed, epoch=0),
+        epochs.plan(0),
         samples.lengths,
         samples.n_loss,
         tokens_per_pack=data.tokens_per_pack,
         global_batch_size=train.global_batch_size,
     )
-    total_steps = train.max_steps or (train.epochs or 0) * steps.steps
+    total_steps = train.max_steps or epochs.first_step(train.epochs or 0)
     if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
         raise RecipeError(
             f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
@@ -137,6 +154,32 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         steps,
         total_steps,
     )
+
+
+def _arch_to_train(recipe: Recipe, objective: Objective) -> Arch:
+    """The model's, with the head that the objective needs."""
+    arch = arch_of(recipe.model.hf)
+    if objective.head is Head.SCALAR:
+        return arch.with_scalar_head()
+    if arch.scalar_head:
+        raise RecipeError(
+            f"model.hf {recipe.model.hf}: a reward model; objective {recipe.objective.name} needs a language model"
+        )
+    return arch
+
+
+def _open_set(
+    recipe: Recipe, objective: Objective, sources: Sequence[SourceConfig], *, progress: bool
+) -> TokenCache | AnswerCache:
+    """The tokens of one set, as the objective reads its records."""
+    data, section = recipe.data, recipe.objective
+    if not isinstance(section, AnswerSection):
+        return build_or_open(data, sources, recipe.tokenizer_dir, progress=progress)
+    kind = Kind.LABELLED if Column.DESIRABLE in objective.needs else Kind.PAIRS
+    directory, opened = build(data, sources, recipe.tokenizer_dir, kind, progress=progress)
+    layout = AnswerLayout(objective.needs, objective.head, section.share_prefix)
+    score_range = section.score_range if isinstance(section, RewardConfig) else None
+    return AnswerCache.open(directory, opened, data, layout, score_range)
 
 
 def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
@@ -182,13 +225,19 @@ def _parameters_per_rank(layout: Layout, arch: Arch) -> int:
     return max(sum(math.prod(rule.shard_shape(layout.tp)) for rule in rules) for rules in stages)
 
 
-def _described(cache: TokenCache) -> str:
+def _described(cache: TokenCache | AnswerCache) -> str:
     left_out = {
         "too long": cache.n_dropped,
         "with nothing to learn": cache.n_skipped,
         "cut": cache.n_truncated,
+        "that cannot be read": sum(cache.n_bad),
     }
     notes = "".join(f"; {count:,} {what}" for what, count in left_out.items() if count)
+    if isinstance(cache, AnswerCache):
+        return (
+            f"{len(cache):,} prompts with {int(cache.n_answers.sum()):,} answers, "
+            f"{int(cache.lengths.sum()):,} rows{notes}"
+        )
     return f"{len(cache):,} samples, {int(cache.lengths.sum()):,} tokens{notes}"
 
 

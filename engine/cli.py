@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,12 +12,21 @@ from rich.console import Console
 from paralign import __version__
 from paralign.models.errors import LayoutError, ParalignError
 
+if TYPE_CHECKING:
+    from .writing import Report
+
 app = typer.Typer(
     help="Alignment training of large language models, from Hugging Face weights to Hugging Face weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+data_app = typer.Typer(help="Look at the data of a recipe.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+kernels_app = typer.Typer(help="List the fused operations, or build them.", add_completion=False)
+app.add_typer(kernels_app, name="kernels")
 
 RecipePath = Annotated[
     Path, typer.Argument(help="A recipe, such as recipes/sft/llama3_8b.yaml.", metavar="RECIPE")
@@ -122,24 +131,150 @@ def check_command(
     Console(highlight=False).print(check(load(recipe, overrides or ()), gpus, progress=True))
 
 
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Default: as they are.")
+]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="A directory that is not there yet.")]
+Form = Annotated[
+    Literal["hf", "native"] | None,
+    typer.Option("--to", help="Hugging Face or native checkpoint; default: the other one than SRC."),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest file, such as 5GB.")]
+Workers = Annotated[int, typer.Option(min=1, help="Files at a time; memory grows with them.")]
+
+
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, …/iter_0000100.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is not there yet.")],
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Default: as they are.")
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A Hugging Face directory, or a checkpoint …/iter_0000100.")
+    ],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="[DST]", help="A directory that is not there yet.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    to: Form = None,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
     verify: Annotated[bool, typer.Option(help="Read the result back and compare.")] = True,
+    workers: Workers = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the weight rules of a layout; write nothing.")
+    ] = False,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree of --dry-run.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree of --dry-run.")] = 1,
 ) -> None:
-    """Convert a checkpoint to a Hugging Face directory, tensor by tensor."""
+    """Convert a model between Hugging Face's form and the native one, tensor by tensor."""
     from .convert import convert as convert_weights
+    from .rule_table import rule_table
+    from .writing import dtype_named
 
-    report = convert_weights(source, destination, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
-    typer.echo(
-        f"{destination}: {report.tensors} tensors, {report.parameters:,} parameters, {report.files} files in "
-        f"{report.seconds:.1f} s{', read back bit-equal' if report.verified else ''}"
+    if dry_run:
+        for line in rule_table(source, tp=tp, pp=pp, dtype=None if dtype is None else dtype_named(dtype)):
+            typer.echo(line)
+        return
+    if destination is None:
+        raise typer.BadParameter("needed unless --dry-run is given", param_hint="DST")
+    report = convert_weights(
+        source,
+        destination,
+        to=to,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        workers=workers,
     )
+    typer.echo(f"{destination}: {_written(report)}")
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, in either form.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="Compare with this one, not with the manifest.")
+    ] = None,
+    workers: Workers = 1,
+) -> None:
+    """Check a model against its manifest.json, or two models with each other, bit by bit."""
+    from .checkpoint.manifest import check_against_manifest, compare
+
+    if other is None:
+        differences = check_against_manifest(directory, workers=workers)
+    else:
+        differences = compare(directory, other, workers=workers)
+    for difference in differences:
+        typer.echo(f"{difference.name}: {difference.what}")
+    against = "its manifest" if other is None else str(other)
+    if differences:
+        typer.echo(f"{directory}: {len(differences)} tensors differ from {against}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{directory}: every tensor is as in {against}")
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A merge in MergeKit's YAML.")],
+    destination: Destination,
+    to: Annotated[Literal["hf", "native"], typer.Option(help="Form of the result.")] = "hf",
+    max_shard_size: ShardSize = "5GB",
+    seed: Annotated[int, typer.Option(min=0, help="Of what dare_ties drops.")] = 0,
+    workers: Workers = 1,
+) -> None:
+    """Merge several models of one shape into one, tensor by tensor."""
+    from .merge import load_merge
+    from .merge import merge as merge_models
+
+    report = merge_models(
+        load_merge(config), destination, to=to, max_shard_size=max_shard_size, seed=seed, workers=workers
+    )
+    typer.echo(f"{destination}: {_written(report)}")
+
+
+def _written(report: Report) -> str:
+    seconds = report.write_seconds + report.verify_seconds
+    return (
+        f"{report.tensors} tensors, {report.parameters:,} parameters, {report.files} files in {seconds:.1f} s, "
+        f"{report.tensor_bytes / max(report.write_seconds, 1e-9) / 1e9:.2f} GB/s written"
+        f"{f', {report.resumed} files were there already' if report.resumed else ''}"
+        f"{', read back bit-equal' if report.verified else ''}"
+    )
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory of a reward model.")],
+    data: Annotated[Path, typer.Argument(help="Conversations, in any format that training reads.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL to write.")],
+    tokens_per_pack: Annotated[int, typer.Option(min=2, help="No conversation may be longer.")] = 4096,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision.")] = "bf16",
+    chat_template: Annotated[
+        str, typer.Option(help="tokenizer, one of ours, or a jinja file.")
+    ] = "tokenizer",
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree; with pp, under torchrun.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree.")] = 1,
+) -> None:
+    """Write the reward of each conversation of a file, as {"line", "reward"}.
+
+    One process by itself; for a model that needs several, `torchrun … -m paralign.engine.cli score …`.
+    """
+    from .launch import rank_environment
+    from .layout import LayoutConfig
+    from .score_file import score_file
+
+    env = rank_environment()
+    layout = LayoutConfig.model_validate(
+        {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    )
+    n = score_file(
+        model,
+        data,
+        output,
+        layout=layout,
+        env=env,
+        dtype=dtype,
+        tokens_per_pack=tokens_per_pack,
+        chat_template=chat_template,  # type: ignore[arg-type]
+    )
+    if env.rank == 0:
+        typer.echo(f"{output}: rewards of {n:,} conversations")
 
 
 @app.command()
@@ -152,6 +287,87 @@ def plot(
 
     plot_runs(runs, output)
     typer.echo(f"wrote {output}")
+
+
+@data_app.command("inspect")
+def inspect_data(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to show of each source.")] = 2,
+    set_name: Annotated[str, typer.Option("--set", help="train, or validation/NAME.")] = "train",
+    line: Annotated[int, typer.Option(min=1, help="Begin at this line of each file, or row.")] = 1,
+) -> None:
+    """Show samples as the model sees them, with what is learned token by token."""
+    from .data.inspect import inspect_set
+    from .recipe import load
+
+    loaded = load(recipe, overrides or ())
+    console = Console(highlight=False, soft_wrap=True)
+    for block in inspect_set(
+        loaded.data,
+        set_name,
+        loaded.tokenizer_dir,
+        n_samples=samples,
+        first_line=line,
+        coloured=console.is_terminal,
+    ):
+        console.print(block)
+
+
+@data_app.command("pack")
+def pack_data(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Tokenise and pack the data of a recipe, and print what came of it."""
+    from .data.cache import build_or_open
+    from .data.statistics import set_statistics
+    from .recipe import load
+
+    loaded = load(recipe, overrides or ())
+    console = Console(highlight=False, soft_wrap=True)
+    for name, sources in loaded.data.sets.items():
+        cache = build_or_open(loaded.data, sources, loaded.tokenizer_dir, progress=True)
+        batch = loaded.train.global_batch_size
+        console.print(set_statistics(name, cache, global_batch_size=batch, seed=loaded.train.seed))
+
+
+@kernels_app.callback(invoke_without_command=True)
+def list_kernels(context: typer.Context) -> None:
+    """List the fused operations, what runs them here, and whether it agrees with their definition."""
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+    from rich.table import Table
+
+    from .kernels.library import find_library
+    from .kernels.report import report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = report(device)
+    table = Table("operation", "runs here", "self-check", box=None)
+    for row in rows:
+        verdict = f"{'agrees' if row.agrees else 'DIFFERS'}, {row.error:.0e}"
+        table.add_row(row.name, row.implementation, verdict)
+    found = find_library()
+    built = ", ".join(found.architectures) if found.architectures else "none"
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"device {device.type}; architectures built: {built}" + (f"; {found.reason}" * bool(found.reason))
+    )
+    if not all(row.agrees for row in rows):
+        raise typer.Exit(1)
+
+
+@kernels_app.command("build")
+def build_kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Such as sm_90; may be repeated, oldest first. Default: all.")
+    ] = None,
+) -> None:
+    """Compile the fused operations with nvcc, into the installed package."""
+    from .kernels.build import ARCHITECTURES, build
+
+    path = build(architectures=arch or ARCHITECTURES, progress=typer.echo)
+    typer.echo(f"wrote {path}")
 
 
 def _gpus() -> int | None:

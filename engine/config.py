@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -68,11 +68,14 @@ def _describe(
     said: dict[Key, str] = {}
     expected: dict[Key, list[str]] = defaultdict(list)  # a union reports a key once for each of its members
     for error in errors:
-        kind, key = error["type"], error["loc"]
+        kind, tagged = error["type"], error["loc"]
+        key = _without_tags(model, tagged)
         if kind == "missing":
-            said[key] = f"missing{_meaning(_section_at(model, key[:-1]), str(key[-1]))}"
+            said[key] = f"missing{_meaning(_section_at(model, tagged[:-1]), str(key[-1]))}"
         elif kind == "extra_forbidden":
-            said[key] = f"unknown key{_suggest_key(model, key)}"
+            said[key] = f"unknown key{_suggest_key(model, tagged)}"
+        elif kind == "union_tag_invalid":
+            said[(*key, "name")] = _wrong_name(error)
         elif kind == "value_error":  # from a section's own validator, which says it all
             said[_existing(tree, key)] = str(error["ctx"]["error"])
         else:
@@ -123,7 +126,8 @@ def _expected(error: ErrorDetails) -> str:
 
 def _suggest_key(model: type[Section], key: Key) -> str:
     name, section = str(key[-1]), _section_at(model, key[:-1])
-    siblings = list(section.model_fields) if section else []
+    fields = section.model_fields.items() if section else []
+    siblings = [field.alias or known for known, field in fields]
     if near := difflib.get_close_matches(name, siblings, n=1):
         return f"; did you mean {near[0]}?"
     elsewhere = [known for known in _keys(model) if known.rpartition(".")[2] == name]
@@ -141,19 +145,57 @@ def _meaning(section: type[Section] | None, name: str) -> str:
 def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        if _is_section(field.annotation):
+            yield from _keys(cast(type[Section], field.annotation), f"{prefix}{name}.")
 
 
 def _section_at(model: type[Section], key: Key) -> type[Section] | None:
+    annotation: Any = model
     for name in key:
-        field = model.model_fields.get(str(name))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        ):
-            return None
-        model = field.annotation
-    return model
+        if _is_section(annotation):
+            field = annotation.model_fields.get(str(name))
+            annotation = None if field is None else field.annotation
+        elif named := _named(annotation, name):
+            annotation = named
+        else:  # an entry of a list, or a value beside its name
+            entries = [entry for entry in get_args(annotation) if entry is not Ellipsis]
+            annotation = entries[-1] if entries else None
+    return annotation if _is_section(annotation) else None
+
+
+def _named(annotation: Any, name: str | int) -> type[Section] | None:
+    """The member of a union of sections that says `name` of itself; pydantic puts that name into its places."""
+    for member in get_args(annotation):
+        field = member.model_fields.get("name") if _is_section(member) else None
+        if field is not None and name in get_args(field.annotation):
+            return member
+    return None
+
+
+def _without_tags(model: type[Section], key: Key) -> Key:
+    """A place as it stands in the tree, without the names that pydantic adds for members of unions."""
+    annotation: Any = model
+    place: list[str | int] = []
+    for name in key:
+        if named := _named(annotation, name):
+            annotation = named
+            continue
+        place.append(name)
+        field = annotation.model_fields.get(str(name)) if _is_section(annotation) else None
+        annotation = None if field is None else field.annotation
+    return tuple(place)
+
+
+def _wrong_name(error: ErrorDetails) -> str:
+    names = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+    near = difflib.get_close_matches(str(error["ctx"]["tag"]), names, n=1)
+    return f"read {shown(error['ctx']['tag'])}; expected {_listed(names)}" + (
+        f"; did you mean {near[0]}?" if near else ""
+    )
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _existing(tree: Any, key: Key) -> Key:

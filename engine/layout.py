@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from paralign.models import rules_for
 from paralign.models.errors import LayoutError
-from paralign.models.weights import Rule
+from paralign.models.weights import Rule, divides_heads
 
 from .config import Section
 
@@ -184,15 +183,19 @@ def _micro_batch_multiple(config: LayoutConfig) -> int:
 
 
 def _tensor_problems(tp: int, arch: Arch) -> list[str]:
-    divided = {
-        f"{arch.num_attention_heads} attention heads": arch.num_attention_heads,
-        f"{arch.num_query_groups} KV groups": arch.num_query_groups,
-        f"an FFN of {arch.ffn_hidden_size}": arch.ffn_hidden_size,
-    }
-    broken = [what for what, size in divided.items() if size % tp]
+    heads, groups, ffn = arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size
+    broken = [
+        what
+        for what, wrong in (
+            (f"{heads} attention heads", heads % tp),
+            (f"{groups} KV groups, nor they it,", groups % tp and tp % groups),
+            (f"an FFN of {ffn}", ffn % tp),
+        )
+        if wrong
+    ]
     if not broken:
         return []
-    fits = _divisors(gcd(*divided.values()))
+    fits = [n for n in _divisors(heads) if divides_heads(n, heads, groups) and ffn % n == 0]
     return [f"tp {tp} does not divide {' and '.join(broken)}; {_or(fits)} would"]
 
 

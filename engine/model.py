@@ -14,13 +14,15 @@ class ModelConfig(Section):
     """Which model is trained, in what precision, and what its backward pass computes again.
 
     Attributes:
-        hf: a Hugging Face directory: config.json, tokenizer, weights.
+        hf: a Hugging Face directory: config.json, tokenizer, weights; or a native checkpoint to start from.
         init: `weights` starts from the directory's, `random` needs its config.json only.
         dtype: precision of weights and activations; gradients and optimizer are always fp32.
         recompute_granularity: `full` keeps only inputs of layers and runs them again in the backward pass.
         recompute_method: `uniform` recomputes every recompute_num_layers layers together, `block` only the
             first recompute_num_layers layers of each chunk.
         recompute_num_layers: see recompute_method.
+        kernels: `auto` uses the fused kernels where they are built and torch elsewhere, `reference` never uses
+            them and adds up weight gradients as torch does, `required` refuses to start without them.
         deterministic: the same numbers in every run, at some cost.
     """
 
@@ -30,6 +32,7 @@ class ModelConfig(Section):
     recompute_granularity: Literal["full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = Field(None, ge=1)
+    kernels: Literal["auto", "reference", "required"] = "auto"
     deterministic: bool = False
 
     @model_validator(mode="after")

@@ -9,10 +9,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .checkpoint.config import CheckpointConfig
+from .checkpoint.hf import assets_of
 from .config import Section, decode
 from .data.config import DataConfig
 from .layout import LayoutConfig
 from .model import ModelConfig
+from .objectives import AnswerSection, ObjectiveConfig
 from .recipe_file import apply_overrides, dump_yaml, load_recipe_file
 from .schedule import OptimizerConfig
 
@@ -27,6 +29,8 @@ class TrainConfig(Section):
         seed: of packing, order and random weights.
         eval_every_steps: steps between evaluations, the first before step 0; null never evaluates.
         log_every_steps: steps between log lines.
+        generate_samples: prompts of each validation set that are answered at each evaluation, at most.
+        generate_max_tokens: greatest length of these answers; each token costs a forward pass over one pack.
         on_nonfinite: what a gradient norm that is not finite does: `stop` saves and ends the run, `skip` leaves
             the step out; both name its samples.
         stall_timeout_minutes: a rank that does not move for so long ends the run, and is named.
@@ -38,6 +42,8 @@ class TrainConfig(Section):
     seed: int = Field(ge=0)
     eval_every_steps: int | None = Field(None, ge=1)
     log_every_steps: int = Field(1, ge=1)
+    generate_samples: int = Field(0, ge=0)
+    generate_max_tokens: int = Field(64, ge=1)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     stall_timeout_minutes: float = Field(20, gt=0)
 
@@ -53,7 +59,7 @@ class Recipe(Section):
     """Everything that a run is made of.
 
     Attributes:
-        objective: what is learnt.
+        objective: what is learned: a name, or the section of an objective with its name.
         model: the model section.
         tokenizer: directory of the tokenizer; null is model.hf.
         layout: the section of degrees of parallelism.
@@ -64,7 +70,7 @@ class Recipe(Section):
         run_dir: where everything of this run is written.
     """
 
-    objective: Literal["sft"]
+    objective: ObjectiveConfig
     model: ModelConfig
     tokenizer: Path | None = None
     layout: LayoutConfig
@@ -76,7 +82,26 @@ class Recipe(Section):
 
     @property
     def tokenizer_dir(self) -> Path:
-        return self.tokenizer or self.model.hf
+        return self.tokenizer or assets_of(self.model.hf)
+
+    @model_validator(mode="after")
+    def _answers_are_whole(self) -> Recipe:
+        if not isinstance(self.objective, AnswerSection):
+            return self
+        for key, value, allowed in (
+            ("too_long", self.data.too_long, ("drop", "error")),
+            ("format", self.data.format, ("auto",)),
+            ("loss_on", self.data.loss_on, ("assistant",)),
+            ("nothing_to_learn", self.data.nothing_to_learn, ("error",)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"data.{key}: {value} is not for answers to prompts, which are learned whole; "
+                    f"objective {self.objective.name} takes {' or '.join(allowed)}"
+                )
+        if self.train.generate_samples:
+            raise ValueError("train.generate_samples answers conversations, not preferences; delete it")
+        return self
 
     @model_validator(mode="after")
     def _stalls_are_found_first(self) -> Recipe:
@@ -92,6 +117,13 @@ class Recipe(Section):
     def _agree(self) -> Recipe:
         if self.train.eval_every_steps and not self.data.validation:
             raise ValueError("train.eval_every_steps needs a set in data.validation; name one")
+        if self.train.generate_samples and not self.train.eval_every_steps:
+            raise ValueError("train.generate_samples answers at evaluations; give train.eval_every_steps")
+        if self.train.generate_samples and self.data.loss_on == "all":
+            raise ValueError(
+                "train.generate_samples needs answers that stand apart from prompts, and data.loss_on is all; "
+                "choose assistant or last"
+            )
         best, metrics = (
             self.checkpoint.keep_best,
             [f"validation/{name}/loss" for name in self.data.validation],

@@ -5,31 +5,40 @@ torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [key.sub=value …
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paralign.models.errors import CheckpointError, ParalignError
+from paralign.models.errors import CheckpointError, ParalignError, RecipeError
 
 from .check import CheckReport, check
 from .checkpoint import store
-from .checkpoint.hf import Assets, HFReader, arch_of, parse_size
+from .checkpoint.hf import Assets, arch_of, parse_size
+from .checkpoint.source import open_source
+from .data.answer_cache import AnswerCache
+from .data.cache import TokenCache, stop_token
 from .data.render import template_text
 from .launch import RankEnv, rank_environment
 from .layout import resolve
+from .objectives import AnswerSection, ReferenceSection, build_objective
 from .recipe import Recipe, dump, load
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the state is saved, start it again
 
 if TYPE_CHECKING:
+    from paralign.models.arch import Arch
+
+    from .build import Read
     from .mesh import Mesh
     from .trainer import Trainer
 
@@ -115,46 +124,57 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
         DTYPES,
         build_chunks,
         load_weights,
-        random_weights,
         transformer_config,
         wrap_for_data_parallel,
     )
     from .checkpoint.export import export_hf
     from .checkpoint.native import NativeCheckpoints
-    from .data.loader import PackLoader
-    from .kernels.parts import choose_parts
-    from .objectives import OBJECTIVES
+    from .data.answer_loader import AnswerLoader
+    from .data.loader import PackLoader, StepLoader
+    from .generate import Generations
+    from .kernels.parts import choose_parts, describe_kernels
+    from .objectives.by_source import BySource
     from .observe.health import Health
     from .observe.metrics import MetricsLog
     from .observe.throughput import Throughput, peak_flops
     from .optim import Optimizer
+    from .score import Preparation
+    from .scorer import scorer_of
     from .trainer import Cadence, Trainer
 
     recipe, arch, layout = report.recipe, report.arch, report.layout
     dtype = DTYPES[recipe.model.dtype]
     config = transformer_config(arch, layout, recipe.model)
-    chunks = build_chunks(config, arch, mesh, choose_parts())
-    if recipe.model.init == "random":
-        read = random_weights(arch, seed=recipe.train.seed, dtype=dtype, device=mesh.device)
-    else:
-        read = HFReader(recipe.model.hf).read
+    chunks = build_chunks(config, arch, mesh, choose_parts(recipe.model.kernels))
+    options = {
+        "global_batch_size": recipe.train.global_batch_size,
+        "seed": recipe.train.seed,
+        "dp_rank": mesh.dp_rank,
+        "dp_size": layout.dp,
+        "micro_batch_multiple": layout.micro_batch_multiple,
+        "device": mesh.device,
+    }
+    loaders: dict[str, StepLoader] = {
+        name: AnswerLoader(cache, **options)
+        if isinstance(cache, AnswerCache)
+        else PackLoader(cache, **options)
+        for name, cache in report.caches.items()
+    }
+    read = _weights_to_start_from(recipe, arch, mesh)
     load_weights(chunks, arch, mesh, read)
+    reference = None
+    if isinstance(recipe.objective, ReferenceSection):
+        reference = build_reference(report, mesh, chunks, read, loaders)
     wrapped = wrap_for_data_parallel(chunks, config, layout)
     optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype)
 
-    loaders = {
-        name: PackLoader(
-            cache,
-            global_batch_size=recipe.train.global_batch_size,
-            seed=recipe.train.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=layout.dp,
-            micro_batch_multiple=layout.micro_batch_multiple,
-            device=mesh.device,
-        )
-        for name, cache in report.caches.items()
-    }
-    assets = Assets(recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template))
+    scorer = None
+    if isinstance(cache := report.caches["train"], AnswerCache) and arch.scalar_head:
+        scorer = scorer_of(arch, recipe.tokenizer_dir, cache.last_tokens)
+    stop = stop_token(cache) if isinstance(cache, TokenCache) else None
+    assets = Assets(
+        recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template), scorer, stop
+    )
     root = recipe.run_dir / "checkpoints"
     checkpoints = NativeCheckpoints(
         root, recipe.checkpoint, mesh, wrapped, optimizer, assets=assets, recipe=dump(recipe)
@@ -175,17 +195,39 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     log.start(
         report.facts()
         | {
-            "attention": f"{choose_kernel(mesh.device, dtype).__name__} on {mesh.device.type}",
+            "attention": f"{choose_kernel(mesh.device, dtype, alibi=arch.alibi).__name__} on {mesh.device.type}"
+            + (", a call for each segment: no packed kernel of torch takes slopes" if arch.alibi else ""),
+            "kernels": describe_kernels(recipe.model.kernels),
             "start": f"step {first_step}"
             + (f", resumed from {newest}" if newest else "")
             + (f"; passed over {', '.join(left)}, not finished" if left else ""),
         }
     )
+    objective = build_objective(recipe.objective)
+    names = [source.name for source in recipe.data.train]
+    if len(set(names)) > 1 and not isinstance(recipe.objective, AnswerSection):
+        objective = BySource(objective, names)
+    generations = None
+    if recipe.train.generate_samples:
+        generations = Generations(
+            wrapped,
+            mesh,
+            {
+                name.removeprefix("validation/"): cache
+                for name, cache in report.caches.items()
+                if name != "train" and isinstance(cache, TokenCache)
+            },
+            recipe.tokenizer_dir,
+            recipe.run_dir,
+            n_samples=recipe.train.generate_samples,
+            max_new_tokens=recipe.train.generate_max_tokens,
+            first_step=first_step,
+        )
     return Trainer(
         arch=arch,
         mesh=mesh,
         chunks=wrapped,
-        objective=OBJECTIVES[recipe.objective](),
+        objective=objective,
         optimizer=optimizer,
         schedule=recipe.optimizer,
         train_loader=loaders["train"],
@@ -221,7 +263,80 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
         throughput=Throughput(world_size=mesh.world_size, peak=peak_flops(mesh.device)),
         first_step=first_step,
         total_steps=report.total_steps,
+        generations=generations,
+        prepare=Preparation(
+            wrapped,
+            objective.needs,
+            mesh,
+            reference=reference,
+            synchronize=optimizer.synchronize_weights,
+        ),
     )
+
+
+def _weights_to_start_from(recipe: Recipe, arch: Arch, mesh: Mesh) -> Read:
+    """A reader of the weights before the first step; a scalar head that the model lacks is drawn at random."""
+    from .build import DTYPES, random_weights
+
+    drawn = random_weights(arch, seed=recipe.train.seed, dtype=DTYPES[recipe.model.dtype], device=mesh.device)
+    if recipe.model.init == "random":
+        return drawn
+    reader = open_source(recipe.model.hf)
+    if arch.scalar_head == reader.arch.scalar_head:
+        return reader.read
+    return lambda name: drawn(name) if name == "score.weight" else reader.read(name)
+
+
+def build_reference(
+    report: CheckReport, mesh: Mesh, chunks: Sequence[Any], read: Read, loaders: Mapping[str, Any]
+) -> Sequence[Any] | None:
+    """Chunks of a reference model that is kept; or none, and its log-probabilities in the loaders.
+
+    Where they have to be computed, the chunks of the policy hold the reference's weights meanwhile, so that no
+    second model is ever in memory.
+
+    Args:
+        chunks: the policy's, with the weights to start from.
+        read: reads these weights.
+    """
+    from .build import DTYPES, build_chunks, load_weights, transformer_config
+    from .kernels.parts import choose_parts
+    from .reference import MadeBy, fill_from_disk_or_score, weights_digest
+    from .score import score_answers
+
+    recipe, arch, section = report.recipe, report.arch, report.recipe.objective
+    assert isinstance(section, ReferenceSection)
+    directory = section.reference_model or recipe.model.hf
+    other = section.reference_model is not None
+    theirs = replace(arch_of(directory), dtype=arch.dtype)
+    if other and theirs != arch:
+        raise RecipeError(
+            f"objective.reference_model {directory}: another architecture than model.hf "
+            f"({theirs.family}, {theirs.num_layers} layers of {theirs.hidden_size}); give one of the same shape"
+        )
+    read_reference = open_source(directory).read if other else read
+    if section.reference == "online":
+        config = transformer_config(arch, report.layout, recipe.model)
+        kept = build_chunks(config, arch, mesh, choose_parts(recipe.model.kernels))
+        load_weights(kept, arch, mesh, read_reference)
+        return kept
+    template = template_text(recipe.data.chat_template) or "tokenizer"
+    dtype = str(DTYPES[recipe.model.dtype])
+    if recipe.model.init == "random" and not other:
+        weights = hashlib.sha256(f"random {recipe.train.seed} {arch} {dtype}".encode()).hexdigest()[:32]
+    else:
+        weights = weights_digest(directory, dtype=dtype)
+    made_by = MadeBy(weights, data="", template=hashlib.sha256(template.encode()).hexdigest()[:32])
+
+    def score(steps: Any, n_answers: int) -> Any:
+        if other:
+            load_weights(chunks, arch, mesh, read_reference)
+        return score_answers(chunks, steps, n_answers, mesh)
+
+    fill_from_disk_or_score(loaders, made_by, mesh, score, total_steps=report.total_steps)
+    if other:
+        load_weights(chunks, arch, mesh, read)
+    return None
 
 
 def _resume(checkpoints: Any, directory: Path, report: CheckReport, data: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from .batch import PackedBatch, StepBatch, Unit
 from .mesh import Mesh
 from .objectives import Objective
 
+UNITS = tuple(Unit)
+
 
 def run_step(
     chunks: Sequence[Any], batch: StepBatch, objective: Objective, mesh: Mesh, *, train: bool
@@ -26,12 +28,57 @@ def run_step(
         batch: this rank's packs; every rank has as many, all of one length.
 
     Returns:
-        float64 (len(objective.metrics), 2), sums and counts over all ranks' packs, on every rank.
+        float64 (len(UNITS) + len(objective.metrics), 2), on every rank: sums and counts over all ranks' packs,
+        first of the loss in each unit, then of the metrics. Those of several steps may be added up; `report`
+        makes numbers of them.
     """
-    packs = batch.micro_batches
+    results = _schedule(
+        chunks, batch.micro_batches, partial(_loss, objective=objective, counts=batch.counts), train=train
+    )
+    n_rows = len(UNITS) + len(objective.metrics)
+    totals = torch.zeros(n_rows, 2, dtype=torch.float64, device=mesh.device)
+    if results:
+        totals += torch.stack(results).sum(0)
+    totals = mesh.sum_over_data_then_share(totals)
+    totals[: len(UNITS), 1] += torch.tensor([float(batch.counts.get(unit, 0)) for unit in UNITS]).to(totals)
+    return totals
+
+
+def report(objective: Objective, sums: Tensor) -> dict[str, float]:
+    """The loss, that is each unit's mean added up, and the objective's metrics, from what `run_step` gave."""
+    rows = sums.tolist()
+    loss = sum(total / max(1.0, count) for total, count in rows[: len(UNITS)])
+    return {"loss": loss, **objective.report(rows[len(UNITS) :])}
+
+
+def run_forward(
+    chunks: Sequence[Any], packs: Sequence[PackedBatch], read: Callable[[Tensor, PackedBatch], Tensor]
+) -> list[Tensor]:
+    """Run forward passes without gradients.
+
+    Args:
+        chunks: this rank's model chunks.
+        packs: this rank's; every rank has as many, all of one length.
+        read: what to keep of a pack, from what the head gave.
+
+    Returns:
+        What was kept, in the order of the packs, on ranks of the last pipeline stage; elsewhere nothing.
+    """
+
+    def keep(out: Tensor, *, pack: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return out.sum(), torch.zeros((), dtype=torch.int, device=out.device), read(out, pack)
+
+    with torch.no_grad():
+        return _schedule(chunks, packs, keep, train=False)
+
+
+def _schedule(
+    chunks: Sequence[Any], packs: Sequence[PackedBatch], loss: Callable[..., Any], *, train: bool
+) -> list[Tensor]:
+    """Megatron's schedule over the packs; what `loss` reported of each, on the last stage."""
     iterators = [iter(packs) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward, objective=objective, counts=batch.counts),
+        forward_step_func=partial(_forward, loss=loss),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(packs),
@@ -39,18 +86,13 @@ def run_step(
         micro_batch_size=1,
         forward_only=not train,
     )
-    totals = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=mesh.device)
-    if results:
-        totals += torch.stack(results).sum(0)
-    return mesh.sum_over_data_then_share(totals)
+    return results
 
 
-def _forward(
-    packs: Iterator[PackedBatch], model: Any, *, objective: Objective, counts: Mapping[Unit, int]
-) -> tuple[Tensor, Any]:
+def _forward(packs: Iterator[PackedBatch], model: Any, *, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
     pack = next(packs)
     out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments)
-    return out, partial(_loss, pack=pack, objective=objective, counts=counts)
+    return out, partial(loss, pack=pack)
 
 
 def _loss(
@@ -59,4 +101,8 @@ def _loss(
     """Megatron's triple (loss, token count, report); the count is unused and must be an integer tensor."""
     sums = objective.loss(out, pack)
     divided = [total / max(1, counts[unit]) for unit, total in sums.totals.items()]
-    return torch.stack(divided).sum(), torch.zeros((), dtype=torch.int, device=out.device), sums.metrics
+    measured = torch.zeros(len(UNITS) + sums.metrics.shape[0], 2, dtype=torch.float64, device=out.device)
+    for unit, total in sums.totals.items():
+        measured[UNITS.index(unit), 0] = total.detach().double()
+    measured[len(UNITS) :] = sums.metrics
+    return torch.stack(divided).sum(), torch.zeros((), dtype=torch.int, device=out.device), measured

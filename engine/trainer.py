@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from paralign.models.arch import Arch
 from paralign.models.errors import TrainingError
 
-from .batch import StepBatch, Unit
+from .batch import StepBatch
 from .checkpoint.native import NativeCheckpoints
 from .checkpoint.store import Progress
-from .data.loader import PackLoader
+from .data.loader import StepLoader
+from .generate import Generations
 from .mesh import Mesh
 from .objectives import Objective
 from .observe.health import Health
@@ -25,7 +25,7 @@ from .observe.metrics import MetricsLog
 from .observe.throughput import Throughput
 from .optim import Optimizer
 from .schedule import OptimizerConfig, learning_rate
-from .step import run_step
+from .step import UNITS, report, run_step
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Trainer:
         train_loader, validation: packs to learn from, and by name those to be measured on.
         export: writes the model to a directory; collective.
         export_dir: where `export` puts `iter_0000100/` and, at the end, `final/`.
+        prepare: fills columns of a step before it is computed, if there are any that no loader can.
+        generations: answers to be written at each evaluation, if any.
         total_steps: steps of the whole run, of which those before `first_step` are done.
     """
 
@@ -56,8 +58,8 @@ class Trainer:
     objective: Objective
     optimizer: Optimizer
     schedule: OptimizerConfig
-    train_loader: PackLoader
-    validation: Mapping[str, PackLoader]
+    train_loader: StepLoader
+    validation: Mapping[str, StepLoader]
     checkpoints: NativeCheckpoints
     export: Callable[[Path], None]
     export_dir: Path
@@ -68,6 +70,8 @@ class Trainer:
     throughput: Throughput
     first_step: int
     total_steps: int
+    generations: Generations | None = None
+    prepare: Callable[[StepBatch], None] | None = None
 
     def fit(self) -> bool:
         """Train to the last step, then evaluate, save and export.
@@ -112,6 +116,8 @@ class Trainer:
         lr = learning_rate(self.schedule, step, self.total_steps)
         self.optimizer.zero_grad()
         self.health.at("forward and backward", step)
+        if self.prepare:
+            self.prepare(batch)
         marked = replace(batch, micro_batches=self.health.marking(batch.micro_batches))
         sums = run_step(self.chunks, marked, self.objective, self.mesh, train=True)
         self.health.at("optimizer", step)
@@ -120,7 +126,7 @@ class Trainer:
             self._refuse(step, batch, update.grad_norm)
         self.throughput.step_done(batch.n_tokens, self._flops(batch))
         return {
-            **self._means(sums),
+            **report(self.objective, sums),
             "grad_norm": update.grad_norm,
             "learning_rate": lr,
             "samples": float(batch.n_samples),
@@ -147,11 +153,18 @@ class Trainer:
         self.optimizer.synchronize_weights()
         values: dict[str, float] = {}
         for name, loader in self.validation.items():
-            sums = torch.zeros(len(self.objective.metrics), 2, dtype=torch.float64, device=self.mesh.device)
+            n_rows = len(UNITS) + len(self.objective.metrics)
+            sums = torch.zeros(n_rows, 2, dtype=torch.float64, device=self.mesh.device)
             for batch in loader.evaluation():
+                if self.prepare:
+                    self.prepare(batch)
                 sums += run_step(self.chunks, batch, self.objective, self.mesh, train=False)
-            values |= {f"validation/{name}/{metric}": mean for metric, mean in self._means(sums).items()}
+            values |= {
+                f"validation/{name}/{metric}": value for metric, value in report(self.objective, sums).items()
+            }
         self.log.log(step, values)
+        if self.generations is not None:
+            self.generations.write(step)
         go_on()
         return values
 
@@ -170,18 +183,14 @@ class Trainer:
         self.export(self.export_dir / name)
         go_on()
 
-    def _means(self, sums: torch.Tensor) -> dict[str, float]:
-        return {
-            name: total / count if count else math.nan
-            for name, (total, count) in zip(self.objective.metrics, sums.tolist())
-        }
-
     def _flops(self, batch: StepBatch) -> float:
         """Forward and backward, over all ranks; what recompute adds does not count as work done."""
-        lengths = self.train_loader.cache.lengths[list(batch.sample_ids)]
+        ids = list(batch.sample_ids)
+        lengths = self.train_loader.cache.lengths[ids]
+        n_loss = int(self.train_loader.cache.n_loss[ids].sum())
         effective = float(np.square(lengths).sum()) / max(1, batch.n_tokens)
         per_token = self.arch.linear_flops_per_token + self.arch.attention_flops_per_token(effective)
-        return 3 * (batch.n_tokens * per_token + batch.counts[Unit.TOKEN] * self.arch.head_flops_per_token)
+        return 3 * (batch.n_tokens * per_token + n_loss * self.arch.head_flops_per_token)
 
 
 def _due(every: int | None, step: int) -> bool:

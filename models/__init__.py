@@ -7,30 +7,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arch import Arch
+from .baichuan2 import BAICHUAN2
 from .errors import WeightsError
 from .family import Family
 from .llama import LLAMA
 from .qwen2 import QWEN2
+from .qwen3 import QWEN3
 from .weights import Rule, count_parameters
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, BAICHUAN2)}
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> Arch:
     """Shape facts from a parsed `config.json`.
 
-    The class in `architectures` decides; a config that names none goes by `model_type`.
+    The class in `architectures` decides; a config that names none goes by `model_type`. A family's
+    `…ForSequenceClassification` with one label is its decoder with a scalar head.
 
     Raises:
         WeightsError: an unknown architecture, or a key that the forward pass does not follow.
     """
     names = config.get("architectures") or []
     for family in FAMILIES.values():
+        if set(names) & {scoring_class(name) for name in family.architectures}:
+            if len(config.get("id2label") or (0, 1)) != 1:
+                raise WeightsError(
+                    f"config.json id2label: read {config.get('id2label')}; a reward model has one label"
+                )
+            return family.read_arch(config).with_scalar_head()
         if set(names) & set(family.architectures) or (not names and config.get("model_type") == family.name):
             return family.read_arch(config)
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     found = ", ".join(names) or f"none, and model_type {config.get('model_type')!r}"
     raise WeightsError(f"config.json architectures: read {found}; known are {known}")
+
+
+def scoring_class(architecture: str) -> str:
+    """Hugging Face's class of the decoder `architecture` with a scalar head."""
+    return architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
 def rules_for(arch: Arch) -> tuple[Rule, ...]:

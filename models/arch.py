@@ -7,7 +7,7 @@ with `config.json KEY`, so that whoever opened the file can put its folder in fr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import WeightsError
@@ -27,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Arch:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, in Megatron's names.
+    """A decoder with RMSNorm, grouped-query attention and SwiGLU, in Megatron's names.
 
     Attributes:
         family: name of the family that read it, a key of `FAMILIES`.
@@ -39,6 +39,10 @@ class Arch:
         tied: the output layer is the embedding (Megatron's `share_embeddings_and_output_weights`).
         qkv_bias: biases on q, k and v, none elsewhere.
         dtype: what the weights are stated to be kept in: float32, bfloat16 or float16.
+        qk_norm: RMSNorm over the channels of each query and key head, before the rotary embedding.
+        alibi: linear biases by distance in place of rotary positions; the `rope_…` fields mean nothing then.
+        normalised_head: the rows of the output weight are divided by their L2 norm in the forward pass.
+        scalar_head: one value a row (`score.weight`) in place of logits; never tied.
     """
 
     family: str
@@ -56,6 +60,14 @@ class Arch:
     qkv_bias: bool
     max_position_embeddings: int
     dtype: str
+    qk_norm: bool = False
+    alibi: bool = False
+    normalised_head: bool = False
+    scalar_head: bool = False
+
+    def with_scalar_head(self) -> Arch:
+        """The same decoder with a scalar head."""
+        return replace(self, scalar_head=True, tied=False)
 
     @property
     def linear_flops_per_token(self) -> int:
@@ -69,7 +81,7 @@ class Arch:
     @property
     def head_flops_per_token(self) -> int:
         """Forward FLOPs of the language-model head, per row with a loss."""
-        return 2 * self.hidden_size * self.vocab_size
+        return 2 * self.hidden_size * (1 if self.scalar_head else self.vocab_size)
 
     def attention_flops_per_token(self, effective_length: float) -> float:
         """Forward FLOPs of causal attention over all layers, per token: half of the full square.
@@ -80,12 +92,20 @@ class Arch:
         return self.num_layers * 2 * self.num_attention_heads * self.kv_channels * effective_length
 
 
-def read_arch(config: Mapping[str, Any], *, family: str, qkv_bias: bool) -> Arch:
+def read_arch(
+    config: Mapping[str, Any],
+    *,
+    family: str,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    alibi: bool = False,
+    normalised_head: bool = False,
+) -> Arch:
     """Reads the keys that every Llama-shaped decoder has, in the style of transformers 4 or 5.
 
     Args:
         config: the parsed `config.json`.
-        family, qkv_bias: passed on to `Arch`.
+        family, qkv_bias, qk_norm, alibi, normalised_head: passed on to `Arch`.
 
     Raises:
         WeightsError: a key is missing or malformed, or asks for what the forward pass does not do.
@@ -123,6 +143,9 @@ def read_arch(config: Mapping[str, Any], *, family: str, qkv_bias: bool) -> Arch
         qkv_bias=qkv_bias,
         max_position_embeddings=max_positions,
         dtype=_read_dtype(config),
+        qk_norm=qk_norm,
+        alibi=alibi,
+        normalised_head=normalised_head,
     )
 
 

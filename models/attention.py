@@ -1,4 +1,4 @@
-"""Packed core attention: rotary embedding from positions, key gather, then the kernel in use behind one name.
+"""Packed core attention: positions (rotary or ALiBi), key gather, then the kernel in use behind one name.
 
 Shape suffixes: T query rows, U keys, H query heads of this rank, G key heads of this rank, D channels a head.
 """
@@ -18,6 +18,8 @@ from .mcore import MegatronModule
 from .segments import Segments
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
+# Queries (T, H, D), keys (T, G, D), positions (T,) and frequencies (D/2,) to queries and keys turned.
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def inverse_frequencies(arch: Arch) -> Tensor:
@@ -55,6 +57,24 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + D/2) of x (T, 1, heads, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate(q_THD: Tensor, k_TGD: Tensor, positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Both turned, in their own type, as transformers does it."""
+    cos, sin = (table[:, 0] for table in rotary_table(positions_T, frequencies, q_THD.dtype))
+    return apply_rotary(q_THD, cos, sin), apply_rotary(k_TGD, cos, sin)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slope of each head (ALiBi, arXiv 2108.12409, section 3), float32 (num_heads,).
+
+    For n heads, n a power of two: 2^(−8i/n), i = 1 … n. Otherwise those of the next smaller power, then every
+    other slope of twice that power, as the paper's authors' code has it and Baichuan2-13B was trained with.
+    """
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    between = [2 ** (-4 * i / power) for i in range(1, 2 * power + 1, 2)]
+    return torch.tensor(slopes + between[: num_heads - power], dtype=torch.float32)
 
 
 def sdpa_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -103,15 +123,41 @@ def varlen_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segm
     return out
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The fastest kernel that serves this device and dtype."""
+def alibi_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """torch's scaled-dot-product attention with slope · (key position − row position) added, a segment a call.
+
+    The slopes are `segments.alibi_slopes_H`. torch's variable-length attention takes none, so this also
+    serves CUDA; the bias costs H · l² elements for a segment of l rows.
+    """
+    assert segments.alibi_slopes_H is not None
+    positions_U = segments.positions_T
+    if segments.kv_index is not None:
+        positions_U = positions_U.index_select(0, segments.kv_index)
+    slopes = segments.alibi_slopes_H[:, None, None]
+    outputs = []
+    for row, row_end, key, key_end in segments.bounds:
+        distance = positions_U[None, key:key_end] - segments.positions_T[row:row_end, None]
+        bias = (slopes * distance).masked_fill(distance > 0, -torch.inf).to(q_THD.dtype)
+        q, k, v = (
+            x.transpose(0, 1)[None] for x in (q_THD[row:row_end], k_UGD[key:key_end], v_UGD[key:key_end])
+        )
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, *, alibi: bool = False) -> Kernel:
+    """The fastest kernel that serves this device, dtype and kind of positions."""
+    if alibi:
+        return alibi_attention
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return varlen_attention
     return sdpa_attention
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's `core_attention` for packs: causal inside each segment, rotary from `Segments.rope`."""
+    """Megatron's `core_attention` for packs: causal inside each segment, positions as `Segments` says."""
 
     def __init__(
         self,
@@ -122,8 +168,11 @@ class PackedAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        rotate: Rotate,
     ) -> None:
         super().__init__(config=config)
+        self.rotate = rotate
         del layer_number, attn_mask_type, attention_type, cp_comm_type, pg_collection
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -141,10 +190,11 @@ class PackedAttention(MegatronModule):
         del attention_mask, attn_mask_type, attention_bias
         assert packed_seq_params is not None, "every batch is a pack"
         segments = packed_seq_params
-        if segments.rope is not None:
-            query, key = apply_rotary(query, *segments.rope), apply_rotary(key, *segments.rope)
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if segments.rope is not None:
+            q, k = self.rotate(q, k, segments.positions_T, segments.rope)
         if segments.kv_index is not None:
             k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-        out = choose_kernel(q.device, q.dtype)(q, k, v, segments, self.scale)
+        kernel = choose_kernel(q.device, q.dtype, alibi=segments.alibi_slopes_H is not None)
+        out = kernel(q, k, v, segments, self.scale)
         return out.reshape(out.shape[0], 1, -1)

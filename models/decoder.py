@@ -5,15 +5,17 @@ Shape suffixes: T rows of a pack, B = 1 (a micro-batch is one pack), H hidden si
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arch import Arch
-from .attention import inverse_frequencies, rotary_table
+from .attention import Rotate, alibi_slopes, inverse_frequencies
+from .layer import Layer
 from .mcore import (
     MLP,
     AttnMaskType,
@@ -31,12 +33,11 @@ from .mcore import (
     TransformerBlock,
     TransformerBlockSubmodules,
     TransformerConfig,
-    TransformerLayer,
     TransformerLayerSubmodules,
-    get_bias_dropout_add,
     get_num_layers_to_build,
     tensor_parallel,
 )
+from .scalar_head import ScalarHead
 from .segments import Segments
 
 
@@ -52,8 +53,10 @@ class TokenLogprob(Protocol):
 class Parts:
     """The modules and operations a decoder is built from; the engine chooses them, so that models know no kernel."""
 
-    norm: type
+    norm: ModuleSpec
     core_attention: type
+    rotate: Rotate
+    activation: Callable[[Tensor], Tensor]  # (T, 1, 2F), gate first, to (T, 1, F)
     token_logprob: TokenLogprob
 
 
@@ -64,9 +67,12 @@ class LogProbHead(ColumnParallelLinear):
     runs it on zero rows, or an overlapped gradient reduction would wait for ever.
     """
 
-    def __init__(self, *args: Any, vocab_size: int, token_logprob: TokenLogprob, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, vocab_size: int, normalised: bool, token_logprob: TokenLogprob, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.vocab_size = vocab_size
+        self.normalised = normalised
         self.token_logprob = token_logprob
 
     def forward(  # type: ignore[override]
@@ -79,9 +85,12 @@ class LogProbHead(ColumnParallelLinear):
             )
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TBH, group=self.tp_group)
+        weight_VH = self.weight if weight is None else weight
+        if self.normalised:  # each row lies on one rank; padding rows have gradient zero, so 0 / ε stays 0
+            weight_VH = F.normalize(weight_VH, dim=-1)
         logprob_R = self.token_logprob(
             hidden[:, 0].index_select(0, loss_rows),
-            self.weight if weight is None else weight,
+            weight_VH,
             labels_T.index_select(0, loss_rows),
             vocab_size=self.vocab_size,
             group=self.tp_group,
@@ -92,9 +101,9 @@ class LogProbHead(ColumnParallelLinear):
 
 def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
     """One decoder layer: pre-norm attention and gated MLP, each with its residual."""
-    del arch  # Llama and Qwen2 differ in a flag of TransformerConfig only
+    head_norm = parts.norm if arch.qk_norm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=ModuleSpec(
@@ -102,19 +111,21 @@ def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=parts.core_attention,
+                    core_attention=ModuleSpec(module=parts.core_attention, params={"rotate": parts.rotate}),
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=parts.activation,
+                ),
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 
@@ -162,7 +173,9 @@ class Decoder(LanguageModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        if post_process:
+        if post_process and arch.scalar_head:
+            self.score = ScalarHead(config, config.hidden_size, tp_group=groups.tp)
+        elif post_process:
             self.output_layer = LogProbHead(
                 config.hidden_size,
                 padded_vocab_size,
@@ -172,10 +185,18 @@ class Decoder(LanguageModule):
                 skip_weight_param_allocation=pre_process and arch.tied,
                 tp_group=groups.tp,
                 vocab_size=arch.vocab_size,
+                normalised=arch.normalised_head,
                 token_logprob=parts.token_logprob,
             )
-        self.register_buffer("rope_frequencies", inverse_frequencies(arch), persistent=False)
-        if pre_process or post_process:
+        if arch.alibi:
+            mine = alibi_slopes(arch.num_attention_heads).chunk(groups.tp.size())[groups.tp.rank()]
+            self.register_buffer("alibi_slopes_H", mine, persistent=False)
+        else:
+            self.register_buffer("rope_frequencies", inverse_frequencies(arch), persistent=False)
+        if arch.scalar_head:
+            if pre_process:
+                self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        elif pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -183,14 +204,27 @@ class Decoder(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, tokens_T: Tensor, labels_T: Tensor, loss_rows: Tensor, segments: Segments) -> Tensor:
-        """Hidden states (T, 1, H) for the next stage, or, on the last, float32 log-probabilities (T,)."""
-        segments.rope = rotary_table(segments.positions_T, self.rope_frequencies, self.config.params_dtype)
+        """Hidden states (T, 1, H) for the next stage, or, on the last, what the head gives, float32 (T,)."""
+        if self.arch.alibi:
+            segments.alibi_slopes_H = self.alibi_slopes_H
+        else:
+            segments.rope = self.rope_frequencies
         hidden = self.embedding(input_ids=tokens_T[None], position_ids=None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=segments)
         if not self.post_process:
             return hidden
+        if self.arch.scalar_head:
+            return self.score(hidden, loss_rows, tokens_T.shape[0])
         weight = self.shared_embedding_or_output_weight() if self.arch.tied else None
         return self.output_layer(hidden, labels_T, loss_rows, weight)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """What Megatron's checkpoints hold of this stage."""
+        if self.arch.scalar_head:  # LanguageModule's own looks for an output layer on the last stage
+            return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters under the names of the weight rules: layers are counted over the whole model.

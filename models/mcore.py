@@ -3,9 +3,10 @@
 import logging
 import warnings
 
-from . import host
+from . import host, weight_gradient
 
 ON_HOST = host.install()
+weight_gradient.install()
 
 with warnings.catch_warnings():
     # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
@@ -24,7 +25,6 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -86,7 +86,6 @@ __all__ = [
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",
-    "get_bias_dropout_add",
     "get_default_load_sharded_strategy",
     "get_forward_backward_func",
     "get_megatron_optimizer",

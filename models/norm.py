@@ -1,14 +1,25 @@
-"""RMSNorm that sequence parallelism can use. Owns the module; the arithmetic is torch's."""
+"""RMSNorm that sequence parallelism can use. Owns the module; its operations are handed in."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .mcore import make_sharded_tensors_for_checkpoint
+
+
+class Norm(Protocol):
+    """RMSNorm of x over its last dimension."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class AddNorm(Protocol):
+    """RMSNorm of x + residual, and that sum."""
+
+    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
 
 class RMSNorm(torch.nn.Module):
@@ -18,15 +29,29 @@ class RMSNorm(torch.nn.Module):
     gradient must be summed over the tensor-parallel group: `sequence_parallel` on the weight asks for that.
     """
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        rms_norm: Norm,
+        add_rms_norm: AddNorm,
+        **unused: Any,
+    ) -> None:
         super().__init__()
         del unused
+        self.rms_norm, self.add_rms_norm = rms_norm, add_rms_norm
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return self.rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum, which is the next residual."""
+        return self.add_rms_norm(x, residual, self.weight, self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

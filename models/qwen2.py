@@ -13,13 +13,18 @@ from .llama import llama_rules
 
 def qwen2_arch(config: Mapping[str, Any]) -> Arch:
     """Reads a Qwen2 `config.json`; raises WeightsError."""
+    refuse_sliding_windows(config)
+    return read_arch(config, family="qwen2", qkv_bias=True)
+
+
+def refuse_sliding_windows(config: Mapping[str, Any]) -> None:
+    """Raises WeightsError if a layer sees less than its whole segment."""
     refuse_unless(config, "use_sliding_window", False)
     windowed = set(config.get("layer_types") or ()) - {"full_attention"}
     if windowed:
         raise WeightsError(
             f"config.json layer_types: read {sorted(windowed)}; only 'full_attention' is supported"
         )
-    return read_arch(config, family="qwen2", qkv_bias=True)
 
 
 QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), qwen2_arch, llama_rules, chat_format="chatml")

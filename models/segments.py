@@ -26,11 +26,14 @@ class Segments(PackedSeqParams):
         n_real: rows before the padding tail.
         bounds: for each segment the Python ints (first row, end row, first key, end key), for kernels that
             loop over segments.
-        rope: cos and sin of each row, (T, 1, 1, D); the decoder computes them once for all its layers.
+        rope: float32 (D/2,), rotary frequencies, from the decoder; None where the model has none.
+        alibi_slopes_H: float32, slope of each of this rank's query heads where the model has ALiBi; from the
+            decoder, in place of `rope`.
     """
 
     positions_T: Tensor = None  # type: ignore[assignment]  # the base class has defaults
     kv_index: Tensor | None = None
     n_real: int = 0
     bounds: tuple[tuple[int, int, int, int], ...] = ()
-    rope: tuple[Tensor, Tensor] | None = None
+    rope: Tensor | None = None
+    alibi_slopes_H: Tensor | None = None

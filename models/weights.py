@@ -90,10 +90,19 @@ class Rule:
             parts.append(sources[0].new_zeros(_resized(sources[0].shape, self._dim, missing)))
         return torch.cat(parts, self._dim)
 
+    def whole(self, read: Read) -> Tensor:
+        """The native tensor, without padding; where it is one Hugging Face tensor as it is, that very tensor."""
+        if self.pieces(0, 1) == [Piece(0, 0, self.hf_shapes[0][self._dim])] and len(self.hf) == 1:
+            tensor = read(self.hf[0])
+            check_shape(self.hf[0], tensor.shape, self.hf_shapes[0])
+            return tensor
+        return self.slice(read, 0, 1)
+
     def join(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The inverse of `slice`: Hugging Face tensors by name, from the shares of all ranks in rank order.
 
-        Of a tensor that is not split, one copy is enough; if more are given they must be equal.
+        Of a tensor that is not split, one copy is enough; if more are given they must be equal. A tensor that
+        lies in one piece in the only share is a view of it.
 
         Raises:
             WeightsError: a share has another shape than the rule says, or copies of one tensor differ.
@@ -107,6 +116,12 @@ class Rule:
                     f"{self.native}: tensor-parallel ranks hold copies that differ; they must stay equal"
                 )
             shards, tp_size = shards[:1], 1
+        if tp_size == 1 and len(pieces := self.pieces(0, 1)) == len(self.hf):
+            starts = [sum(piece.stop - piece.start for piece in pieces[:i]) for i in range(len(pieces))]
+            return {
+                self.hf[source]: shards[0].detach().narrow(self._dim, at, stop - start)
+                for at, (source, start, stop) in zip(starts, pieces)
+            }
         joined = [shards[0].new_empty(shape) for shape in self.hf_shapes]
         for tp_rank, shard in enumerate(shards):
             at = 0
@@ -170,23 +185,72 @@ class GateUp(Rule):
 
 @dataclass(frozen=True)
 class StackQKV(Rule):
-    """q, k and v, by query group: the group's query heads, its key head, its value head."""
+    """q, k and v, by query group: the group's query heads, its key head, its value head.
 
+    A degree above the groups cuts the same order of rows further: the ranks of a group gather its outputs
+    in the forward pass (megatron-core's SelfAttention), so that no key row exists twice.
+
+    Attributes:
+        num_query_heads, num_query_groups: query heads, and key-value heads.
+    """
+
+    num_query_heads: int = 1
     num_query_groups: int = 1
-    _unit: ClassVar[str] = "query groups (key-value heads)"
 
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
-        share = self._share(tp_size)
+        extent = self._extent(tp_size)
+        first, end = tp_rank * extent, (tp_rank + 1) * extent
+        group_rows = self.native_shape[0] // self.num_query_groups
+        found = []
+        for group in range(first // group_rows, -(-end // group_rows)):
+            at = group * group_rows
+            for piece in self._group(group):
+                after = at + piece.stop - piece.start
+                low, high = max(at, first), min(after, end)
+                if low < high:
+                    found.append(Piece(piece.source, piece.start + low - at, piece.start + high - at))
+                at = after
+        return found
+
+    def _group(self, group: int) -> list[Piece]:
+        """Where the rows of one group come from."""
         heights = [shape[0] // self.num_query_groups for shape in self.hf_shapes]
+        return [Piece(i, group * height, (group + 1) * height) for i, height in enumerate(heights)]
+
+    def _extent(self, tp_size: int) -> int:
+        heads, groups, rows = self.num_query_heads, self.num_query_groups, self.native_shape[0]
+
+        def fits(n: int) -> bool:
+            return divides_heads(n, heads, groups) and rows % n == 0
+
+        if not fits(tp_size):
+            fitting = [str(n) for n in (1, 2, 4, 8, 16, 32, 64) if fits(n)]
+            raise WeightsError(
+                f"{self.native}: {heads} query heads in {groups} groups (key-value heads) do not divide by "
+                f"tp {tp_size}; tp {', '.join(fitting)} would do"
+            )
+        return rows // tp_size
+
+
+class SplitPackedQKV(StackQKV):
+    """One Hugging Face tensor that holds all of q, then all of k, then all of v (Baichuan's W_pack)."""
+
+    def _group(self, group: int) -> list[Piece]:
+        head = self.hf_shapes[0][0] // (self.num_query_heads + 2 * self.num_query_groups)
+        query = self.num_query_heads // self.num_query_groups * head
+        first_key = self.num_query_heads * head
+        first_value = first_key + self.num_query_groups * head
         return [
-            Piece(source, group * height, (group + 1) * height)
-            for group in range(tp_rank * share, (tp_rank + 1) * share)
-            for source, height in enumerate(heights)
+            Piece(0, group * query, (group + 1) * query),
+            Piece(0, first_key + group * head, first_key + (group + 1) * head),
+            Piece(0, first_value + group * head, first_value + (group + 1) * head),
         ]
 
-    @property
-    def _units(self) -> int:
-        return self.num_query_groups
+
+def divides_heads(tp_size: int, num_query_heads: int, num_query_groups: int) -> bool:
+    """Whether megatron-core's attention divides so: whole heads a rank, and whole groups or a part of one."""
+    groups_fit = num_query_groups % tp_size == 0 or tp_size % num_query_groups == 0
+    return num_query_heads % tp_size == 0 and groups_fit
 
 
 def count_parameters(rules: Iterable[Rule]) -> int:

@@ -1,4 +1,7 @@
-"""The demo: a model that cannot sort letters learns it, at TP2 × PP2 on this machine. Owns the toy, not the engine.
+"""The demo: a model learns to sort letters, then to end each answer with a smile. Owns the toy, not the engine.
+
+Both stages run at TP2 × PP2 on this machine: fine-tuning on answers some of which end with a smile, then DPO on pairs
+in which the answer with a smile is the better one.
 
 python -m paralign.tools.demo [RUN_DIR]
 """
@@ -11,12 +14,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "sft.yaml"
-N_TRAIN, N_HELD_OUT = 4000, 200
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "demo"
+N_TRAIN, N_HELD_OUT, N_PAIRS = 4000, 200, 1000
+SMILE, SMILES = " :)", 0.3  # and the share of the first stage's answers that have it
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -31,20 +35,26 @@ def main(run_dir: Path = Path("runs/demo")) -> None:
     before, _ = accuracy(model, held_out)
     print(f"accuracy on {len(held_out)} held-out questions before training: {before:.1%}", flush=True)
 
-    moved = [f"{key}={run_dir / rest}" for key, rest in MOVED.items()] if run_dir != Path("runs/demo") else []
-    command = [sys.executable, "-m", "paralign.engine.cli", "train", str(RECIPE), *moved, "--nproc", "4"]
-    subprocess.run(command, check=True)
-    subprocess.run(
-        [sys.executable, "-m", "paralign.engine.cli", "plot", str(run_dir), "-o", str(run_dir / "loss.png")],
-        check=True,
+    _paralign("train", str(RECIPES / "sft.yaml"), *_moved(run_dir, SFT_PATHS), "--nproc", "4")
+    _paralign("plot", str(run_dir), "-o", str(run_dir / "loss.png"))
+    after, answers = accuracy(exported, held_out)
+    _show(answers)
+    print(
+        f"\naccuracy: {before:.1%} before, {after:.1%} after; with a smile: {smiles(answers):.1%}", flush=True
     )
 
-    after, answers = accuracy(exported, held_out)
-    for question, answer in answers[:2]:
-        print(f"\n  {question}\n  → {answer}")
+    _paralign("train", str(RECIPES / "dpo.yaml"), *_moved(run_dir, DPO_PATHS), "--nproc", "4")
+    preferred, preferred_answers = accuracy(run_dir / "dpo" / "hf" / "final", held_out)
+    _show(preferred_answers)
+    rewards = reward_accuracies(run_dir / "dpo")
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,
+        "smiles_before_dpo": smiles(answers),
+        "smiles_after_dpo": smiles(preferred_answers),
+        "accuracy_after_dpo": preferred,
+        "reward_accuracy_before": rewards[0],
+        "reward_accuracy_after": rewards[-1],
         "seconds": round(time.monotonic() - began, 1),
         "layout": "TP2 × PP2, 4 processes",
         "export": str(exported),
@@ -52,17 +62,55 @@ def main(run_dir: Path = Path("runs/demo")) -> None:
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(
-        f"\naccuracy: {before:.1%} before, {after:.1%} after, in {summary['seconds']} s; see {run_dir}/summary.json"
+        f"\naccuracy: {before:.1%} before, {after:.1%} after fine-tuning, {preferred:.1%} after DPO"
+        f"\nanswers with a smile: {smiles(answers):.1%} before DPO, {smiles(preferred_answers):.1%} after"
+        f"\nreward accuracy on held-out pairs: {rewards[0]:.1%} before (all are 0), {rewards[-1]:.1%} after"
+        f"\nin {summary['seconds']} s; see {run_dir}/summary.json"
     )
 
 
-MOVED = {
+SFT_PATHS = {
     "run_dir": "",
     "model.hf": "model",
     "data.train": "data/train.jsonl",
     "data.validation.held_out": "data/held_out.jsonl",
     "data.cache_dir": "cache",
 }
+DPO_PATHS = {
+    "run_dir": "dpo",
+    "model.hf": "hf/final",
+    "data.train": "data/pairs.jsonl",
+    "data.validation.held_out": "data/held_out_pairs.jsonl",
+    "data.cache_dir": "cache",
+}
+
+
+def _moved(run_dir: Path, paths: Mapping[str, str]) -> list[str]:
+    """What to set in a recipe that is to run elsewhere than it says."""
+    return [f"{key}={run_dir / rest}" for key, rest in paths.items()] if run_dir != Path("runs/demo") else []
+
+
+def _paralign(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "paralign.engine.cli", *arguments], check=True)
+
+
+def _show(answers: Sequence[tuple[str, str]]) -> None:
+    for question, answer in answers[:2]:
+        print(f"\n  {question}\n  → {answer}")
+
+
+def smiles(answers: Sequence[tuple[str, str]]) -> float:
+    """Share of answers that end with a smile."""
+    return sum(answer.endswith(SMILE) for _, answer in answers) / len(answers)
+
+
+def reward_accuracies(run_dir: Path) -> list[float]:
+    """Share of held-out pairs whose better answer has the higher reward, at each evaluation."""
+    name = "validation/held_out/rewards/accuracies"
+    lines = [
+        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [line[name] for line in lines if name in line]
 
 
 def questions(n: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -74,16 +122,23 @@ def questions(n: int, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_data(directory: Path) -> list[tuple[str, str]]:
-    """Write train.jsonl and held_out.jsonl, which share no question; the held-out pairs."""
+    """Write chats and pairs, those to train on and those held out, which share no question; the latter's answers."""
     directory.mkdir(parents=True, exist_ok=True)
     train = list(questions(N_TRAIN, seed=1))
     seen = {question for question, _ in train}
     held_out = [pair for pair in questions(2 * N_HELD_OUT, seed=2) if pair[0] not in seen][:N_HELD_OUT]
     for name, pairs in (("train", train), ("held_out", held_out)):
+        style = random.Random(3)
         with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for question, answer in pairs:
+            for question, plain in pairs:
+                answer = plain + SMILE * (style.random() < SMILES)
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 file.write(json.dumps({"messages": turns}) + "\n")
+    for name, pairs in (("pairs", train[:N_PAIRS]), ("held_out_pairs", held_out)):
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for question, plain in pairs:
+                pair = {"prompt": question, "chosen": plain + SMILE, "rejected": plain}
+                file.write(json.dumps(pair) + "\n")
     return held_out
 
 
@@ -125,7 +180,7 @@ def make_model(directory: Path, train: Path) -> None:
 
 
 def accuracy(directory: Path, pairs: Sequence[tuple[str, str]]) -> tuple[float, list[tuple[str, str]]]:
-    """Share of questions whose greedy answer is right to the letter, and the questions with their answers."""
+    """Share of questions whose greedy answer is right, a smile aside, and the questions with their answers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,9 +195,11 @@ def accuracy(directory: Path, pairs: Sequence[tuple[str, str]]) -> tuple[float, 
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = sum(answer.strip() == expected for answer, (_, expected) in zip(answers, pairs))
+    right = sum(
+        answer.strip().removesuffix(SMILE) == expected for answer, (_, expected) in zip(answers, pairs)
+    )
     return right / len(pairs), [(question, answer.strip()) for (question, _), answer in zip(pairs, answers)]
 
 

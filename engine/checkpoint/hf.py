@@ -30,6 +30,7 @@ from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,13 +43,24 @@ TOKENIZER_FILES = (
 )
 
 
+def is_native(directory: Path) -> bool:
+    """Whether a directory holds a native checkpoint, finished or not."""
+    return (directory / ".metadata").is_file() or (directory / "hf" / "config.json").is_file()
+
+
+def assets_of(directory: Path) -> Path:
+    """Where config and tokenizer of the model in a directory are."""
+    return directory / "hf" if is_native(directory) else directory
+
+
 def arch_of(directory: Path) -> Arch:
-    """Shape facts of the model in a directory, from its `config.json`; raises WeightsError."""
-    config = _read_json(directory / "config.json")
+    """Shape facts of the model in a directory of either form, from its `config.json`; raises WeightsError."""
+    assets = assets_of(directory)
+    config = _read_json(assets / "config.json")
     try:
         return arch_from_hf(config)
     except WeightsError as error:
-        raise WeightsError(f"{directory}/{error}") from None
+        raise WeightsError(f"{assets}/{error}") from None
 
 
 class HFReader:
@@ -57,6 +69,7 @@ class HFReader:
     Attributes:
         arch: shape facts from `config.json`.
         rules: the family's rules; `rule.slice(reader.read, tp_rank, tp_size)` reads what a rank owns.
+        files: those with the weights.
 
     Raises:
         WeightsError: an unknown model; a missing or truncated file; an index that disagrees with the files;
@@ -68,6 +81,7 @@ class HFReader:
         self.rules = rules_for(self.arch)
         self._files: dict[str, MappedFile] = {}
         headers = _read_headers(directory)
+        self.files = [directory / file for file in headers]
         for file, entries in headers.items():
             mapped = MappedFile(directory / file, entries)
             self._files |= dict.fromkeys(entries, mapped)
@@ -81,6 +95,11 @@ class HFReader:
     def read(self, name: str) -> Tensor:
         """The whole tensor, memory-mapped, in the dtype of the file: slice it to read only the slice."""
         return self._files[name][name]
+
+    def release(self) -> None:
+        """Drops the pages that reading has brought into memory."""
+        for file in set(self._files.values()):
+            file.release()
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,11 @@ def finish_export(directory: Path, plan: ShardPlan) -> None:
             )
     for file in plan.files:
         os.replace(_unfinished(directory, file), directory / file.name)
+    write_index(directory, plan)
+
+
+def write_index(directory: Path, plan: ShardPlan) -> None:
+    """Writes the index, where there are several files."""
     if len(plan.files) > 1:
         index = {
             "metadata": {"total_parameters": plan.parameters, "total_size": plan.tensor_bytes},
@@ -212,18 +236,46 @@ def finish_export(directory: Path, plan: ShardPlan) -> None:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """What config and tokenizer of a reward model say besides.
+
+    Attributes:
+        architecture: the class that opens it.
+        pad_token, pad_token_id: transformers reads a score at the last token that is not this one, so that it
+            must never end an answer.
+    """
+
+    architecture: str
+    pad_token: str
+    pad_token_id: int
+
+    def config(self) -> dict[str, Any]:
+        """Keys of `config.json`."""
+        return {
+            "architectures": [self.architecture],
+            "id2label": {"0": "reward"},
+            "label2id": {"reward": 0},
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+@dataclass(frozen=True)
 class Assets:
     """What belongs beside the weights of a run.
 
     Attributes:
-        model: directory of config.json and generation config.
+        model: directory of a model, in either form: its config.json and generation config.
         tokenizer: directory of the tokenizer.
         chat_template: jinja text to replace the tokenizer's own template, None to leave it.
+        scorer: what makes it a model of one label, None for a language model.
+        stop_token: id that ends an answer in training; whoever generates has to stop there.
     """
 
     model: Path
     tokenizer: Path
     chat_template: str | None = None
+    scorer: Scorer | None = None
+    stop_token: int | None = None
 
 
 def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
@@ -238,16 +290,21 @@ def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
         WeightsError: there is no `config.json`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = _read_json(assets.model / "config.json")
+    model = assets_of(assets.model)
+    config = _read_json(model / "config.json")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = dtype
-    _write_json(directory / "config.json", config)
+    scorer = assets.scorer
+    _write_json(directory / "config.json", config | (scorer.config() if scorer else {}))
     for source, name in [
-        (assets.model, "generation_config.json"),
+        (model, "generation_config.json"),
         *((assets.tokenizer, name) for name in TOKENIZER_FILES),
     ]:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    for source in sorted({model, assets.tokenizer}):  # auto_map of config.json names these
+        for path in sorted(source.glob("*.py")):
+            shutil.copyfile(path, directory / path.name)
     named = "additional_chat_templates"
     if (assets.tokenizer / named).is_dir():
         shutil.copytree(assets.tokenizer / named, directory / named, dirs_exist_ok=True)
@@ -258,6 +315,21 @@ def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
             content = _read_json(tokenizer_config)
             if "chat_template" in content:
                 _write_json(tokenizer_config, content | {"chat_template": assets.chat_template})
+    if assets.stop_token is not None and scorer is None:
+        _stop_at(assets.stop_token, directory / "generation_config.json", config)
+    if scorer is not None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (directory / name).is_file():
+                _write_json(directory / name, _read_json(directory / name) | {"pad_token": scorer.pad_token})
+
+
+def _stop_at(token: int, path: Path, config: Mapping[str, Any]) -> None:
+    """Add a token to those that end generation, unless it is one: a base model's may know only its own eos."""
+    generation = _read_json(path) if path.exists() else {}
+    stated = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if token not in known:
+        _write_json(path, generation | {"eos_token_id": [*known, token]})
 
 
 def parse_size(text: str) -> int:
@@ -298,6 +370,12 @@ def _read_headers(directory: Path) -> dict[str, dict[str, Entry]]:
                     f"{directory / file}: only {where} has {_some(extra)}; "
                     f"{INDEX} and the file belong to different saves; download both again"
                 )
+    shards = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
+    if extra_files := shards - set(headers):
+        raise WeightsError(
+            f"{directory}: holds {_some(extra_files)}, which {INDEX} does not name; "
+            "two saves are mixed: remove one"
+        )
     return headers
 
 

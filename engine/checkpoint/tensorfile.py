@@ -93,6 +93,10 @@ class MappedFile:
         )
         return flat.view(entry.shape)
 
+    def release(self) -> None:
+        """Drops the pages that reading has brought into memory; tensors stay valid and read them again."""
+        self._bytes.madvise(mmap.MADV_DONTNEED)
+
 
 class TensorFileWriter:
     """Writes tensors of known names and shapes, one dtype, in any order."""

@@ -3,7 +3,8 @@
     <cache_dir>/<key>/tokens.bin    int32, all samples end to end
                       learned.bin   uint8, 1 where the token is to be predicted
                       samples.npz   per sample: lengths, n_loss, lines, sources
-                      meta.json     n_tokens, max_token, files
+                      answers.npy   only of preferences: per sample a row of ANSWER
+                      meta.json     n_tokens, max_token, paths; per source n_bad; first_bad
 
 It is written under a temporary name and renamed, so that a directory of the final name is complete; of two
 processes that write the same one, the first to end wins. N samples.
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,13 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from .config import DataConfig
-from .encode import Encoded, Rendering, encode_files
+from .config import DataConfig, SourceConfig
+from .encode import Encoded, Rendering, encode_sources
+from .preference import Kind
 from .render import template_text
-from .sources import record_format
+from .sources import content_files, record_format
 
-VERSION = 1  # of the layout above and of what render makes of a conversation; part of the key
+VERSION = 2  # of the layout above and of what render makes of a conversation; part of the key
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,21 +55,24 @@ class TokenCache:
     Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it again.
 
     Attributes:
-        directory, files, config: what it was opened with.
-        fingerprint: names content and selection; equal fingerprints have equal samples under equal ids.
+        directory, origins, config: what it was opened with; `origins` are the sources of this set.
+        fingerprint: names content, selection and weights; equal fingerprints have equal samples under equal
+            ids, and equal epochs.
         tokens: int32, memory-mapped, the samples of the cache end to end.
         learned: uint8, memory-mapped, 1 where the token is to be predicted.
         starts: int64 (N,), first token of each sample.
         lengths: int64 (N,), tokens of each sample, at most `tokens_per_pack`.
         n_loss: int64 (N,), tokens to be predicted in each sample.
-        sources: int32 (N,), index into `files`.
-        lines: int64 (N,), the line each sample begins at.
+        sources: int32 (N,), index into `origins`.
+        lines: int64 (N,), the line each sample begins at; of a table, its row.
         max_token: largest token id of the cache; the model's vocabulary must be larger.
         n_dropped, n_truncated, n_skipped: samples too long (dropped, cut) and with nothing to learn.
+        n_bad: for each source, the records that could not be read or rendered and were left out.
+        first_bad: what was wrong with the first of them; empty if there is none.
     """
 
     directory: Path
-    files: tuple[Path, ...]
+    origins: tuple[SourceConfig, ...]
     config: DataConfig
     fingerprint: str
     tokens: np.ndarray
@@ -80,12 +86,14 @@ class TokenCache:
     n_dropped: int
     n_truncated: int
     n_skipped: int
+    n_bad: tuple[int, ...]
+    first_bad: str
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple[Callable[..., TokenCache], tuple[object, ...]]:
-        return TokenCache.open, (self.directory, self.files, self.config)
+        return TokenCache.open, (self.directory, self.origins, self.config)
 
     def sample(self, id_: int) -> tuple[np.ndarray, np.ndarray]:
         """tokens int32 (L,) and learned uint8 (L,) of one sample, as views of the file."""
@@ -94,15 +102,15 @@ class TokenCache:
 
     def place(self, id_: int) -> str:
         """file:line of one sample."""
-        return f"{self.files[self.sources[id_]]}:{self.lines[id_]}"
+        return f"{self.origins[self.sources[id_]].path}:{self.lines[id_]}"
 
     @classmethod
-    def open(cls, directory: Path, files: Sequence[Path], config: DataConfig) -> TokenCache:
+    def open(cls, directory: Path, origins: Sequence[SourceConfig], config: DataConfig) -> TokenCache:
         """Maps the cache in `directory` and selects the samples that `config` lets through.
 
         Raises:
             DataError: not a whole cache; a sample too long or with nothing to learn, where that is an error;
-                no sample left.
+                no sample left of a source that is to be seen.
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
@@ -119,7 +127,7 @@ class TokenCache:
 
         def first(which: np.ndarray) -> str:
             i = int(np.flatnonzero(which)[0])
-            return f"{files[sources[i]]}:{lines[i]}: {lengths[i]:,} tokens"
+            return f"{origins[sources[i]].path}:{lines[i]}: {lengths[i]:,} tokens"
 
         limit = config.tokens_per_pack
         long = lengths > limit
@@ -139,20 +147,24 @@ class TokenCache:
         if barren.any() and config.nothing_to_learn == "error":
             raise DataError(
                 f"{first(barren)}, none of them to be learned (no assistant turn, or it was cut off), like "
-                f"{int(np.count_nonzero(barren)):,} in all; mend them, or set nothing_to_learn: skip"
+                f"{_count(barren):,} in all; mend them, or set nothing_to_learn: skip"
             )
-        n_truncated = int(np.count_nonzero(keep & long))
-        n_dropped = int(np.count_nonzero(~keep))
+        n_truncated = _count(keep & long)
+        n_dropped = _count(~keep)
         keep &= ~barren
-        if not keep.any():
-            raise DataError(
-                f"{', '.join(map(str, files))}: no sample is left: {n_dropped} longer than {limit:,} tokens, "
-                f"{int(np.count_nonzero(barren))} with nothing to learn"
-            )
-        selection = f"{directory.name} {limit} {config.too_long} {config.nothing_to_learn}"
+        for index, origin in enumerate(origins):
+            here = sources == index
+            if origin.weight and not (keep & here).any():
+                raise DataError(
+                    f"{origin.path}: no sample is left: {_count(here & long)} longer than {limit:,} tokens, "
+                    f"{_count(here & barren)} with nothing to learn, {meta['n_bad'][index]:,} that cannot be read"
+                    + (f", the first of all: {meta['first_bad']}" if meta["first_bad"] else "")
+                )
+        weights = [origin.weight for origin in origins]
+        selection = f"{directory.name} {limit} {config.too_long} {config.nothing_to_learn} {weights}"
         return cls(
             directory=directory,
-            files=tuple(files),
+            origins=tuple(origins),
             config=config,
             fingerprint=hashlib.sha256(selection.encode()).hexdigest()[:32],
             tokens=tokens,
@@ -165,30 +177,68 @@ class TokenCache:
             max_token=meta["max_token"],
             n_dropped=n_dropped,
             n_truncated=n_truncated,
-            n_skipped=int(np.count_nonzero(barren)),
+            n_skipped=_count(barren),
+            n_bad=tuple(meta["n_bad"]),
+            first_bad=meta["first_bad"],
         )
 
 
+def stop_token(cache: TokenCache, *, n_samples: int = 1000) -> int | None:
+    """The id that ends most answers of the first samples; None where whole texts are learned, not answers."""
+    if cache.config.loss_on == "all":
+        return None
+    ends: Counter[int] = Counter()
+    for i in range(min(n_samples, len(cache))):
+        tokens, learned = cache.sample(i)
+        ends[int(tokens[np.flatnonzero(learned)[-1]])] += 1
+    (token, count), *_ = ends.most_common(1)
+    return token if 2 * count > ends.total() else None
+
+
 def build_or_open(
-    config: DataConfig, files: Sequence[Path], tokenizer_dir: Path, *, progress: bool
+    config: DataConfig, sources: Sequence[SourceConfig], tokenizer_dir: Path, *, progress: bool
 ) -> TokenCache:
-    """The cache of `files`, tokenised now if it is not there yet.
+    """The cache of `sources`, tokenised now if it is not there yet.
 
     Args:
-        files: of one training set or one validation set.
+        sources: of one training set or one validation set, see `DataConfig.sets`.
         tokenizer_dir: a Hugging Face directory with a fast tokenizer.
         progress: show a bar while tokenising.
 
     Raises:
         DataError, WeightsError: what is wrong with which line, template or tokenizer.
     """
-    directory = cache_directory(config, files, tokenizer_dir)
+    return TokenCache.open(
+        *build(config, sources, tokenizer_dir, Kind.CONVERSATIONS, progress=progress), config
+    )
+
+
+def build(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind,
+    *,
+    progress: bool,
+) -> tuple[Path, list[SourceConfig]]:
+    """The directory of the cache, made now if it is not there yet, and the sources it was made of.
+
+    Args:
+        kind: what records are read as.
+    """
+    sources = [source.model_copy(update={"format": source.format or config.format}) for source in sources]
+    directory = cache_directory(config, sources, tokenizer_dir, kind)
     if not directory.is_dir():
-        _build(directory, config, files, tokenizer_dir, progress)
-    return TokenCache.open(directory, files, config)
+        _build(directory, config, sources, tokenizer_dir, kind, progress)
+    return directory, sources
 
 
-def cache_directory(config: DataConfig, files: Sequence[Path], tokenizer_dir: Path) -> Path:
+def cache_directory(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind = Kind.CONVERSATIONS,
+) -> Path:
     """Where the cache of this content is, or will be: a process that waits for another one looks here."""
     key = hashlib.sha256()
 
@@ -197,15 +247,17 @@ def cache_directory(config: DataConfig, files: Sequence[Path], tokenizer_dir: Pa
 
     add("version", str(VERSION).encode())
     add("loss_on", config.loss_on.encode())
-    add("format", config.format.encode())
+    add("bad_record", config.bad_record.encode())
+    add("kind", kind.value.encode())
     add("template", (template_text(config.chat_template) or "").encode())
     for name in TOKENIZER_FILES:
         if (tokenizer_dir / name).is_file():
             add(name, _digest(tokenizer_dir / name))
-    for path in files:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        add("source", _digest(path))
+    for source in sources:
+        add("format", (source.format or config.format).encode())
+        add("columns", json.dumps(source.columns, sort_keys=True).encode())
+        for file in content_files(source.path):
+            add("content", _digest(file))
     return config.cache_dir / key.hexdigest()[:32]
 
 
@@ -215,15 +267,29 @@ def _digest(path: Path) -> bytes:
 
 
 def _build(
-    directory: Path, config: DataConfig, files: Sequence[Path], tokenizer_dir: Path, progress: bool
+    directory: Path,
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind,
+    progress: bool,
 ) -> None:
-    rendering = Rendering(tokenizer_dir, template_text(config.chat_template), config.loss_on)
-    formats = [record_format(path, config.format) for path in files]
+    rendering = Rendering(
+        tokenizer_dir,
+        template_text(config.chat_template),
+        config.loss_on,
+        skip_bad=config.bad_record == "skip",
+        kind=kind,
+    )
+    # The keys of a preference say what it is; nothing is to be stated or found out.
+    conversations = kind is Kind.CONVERSATIONS
+    formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
-        with _advance(files, shown=progress) as advance:
-            _write(temporary, encode_files(files, formats, rendering, config.workers), files, advance)
+        with _advance(sources, shown=progress) as advance:
+            stream = encode_sources(sources, formats, rendering, config.workers)
+            _write(temporary, stream, sources, advance)
         try:
             os.rename(temporary, directory)
         except OSError:
@@ -236,10 +302,14 @@ def _build(
 
 
 def _write(
-    directory: Path, stream: Iterator[Encoded], files: Sequence[Path], advance: Callable[[int], None]
+    directory: Path,
+    stream: Iterator[Encoded],
+    origins: Sequence[SourceConfig],
+    advance: Callable[[int], None],
 ) -> None:
-    lengths, n_loss, lines, sources = [], [], [], []
+    lengths, n_loss, lines, sources, answers = [], [], [], [], []
     max_token, n_stops = 0, 0
+    n_bad, first_bad = [0] * len(origins), ""
     with (directory / "tokens.bin").open("wb") as tokens, (directory / "learned.bin").open("wb") as learned:
         for chunk in stream:
             chunk.tokens.tofile(tokens)
@@ -252,12 +322,20 @@ def _write(
             sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
             max_token = max(max_token, int(chunk.tokens.max(initial=0)))
             n_stops += chunk.n_stops
+            answers.append(chunk.answers)
+            n_bad[chunk.source] += len(chunk.bad)
+            first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
             advance(chunk.n_bytes)
+    paths = ", ".join(str(origin.path) for origin in origins)
+    if not any(map(len, lengths)):
+        raise DataError(
+            f"{paths}: no sample is left: {sum(n_bad):,} that cannot be read, the first: {first_bad}"
+        )
     if n_stops == 0 and any(n.any() for n in n_loss):
         raise DataError(
-            f"{', '.join(map(str, files))}: no sample teaches a token that ends a turn, so the model "
-            "would never stop; the template must end an assistant turn with a special token of the "
-            "tokenizer, inside {% generation %} if it has that"
+            f"{paths}: no sample teaches a token that ends a turn, so the model would never stop; "
+            "the template must end an assistant turn with a special token of the tokenizer, inside "
+            "{% generation %} if it has that"
         )
     np.savez(
         directory / "samples.npz",
@@ -266,16 +344,20 @@ def _write(
         lines=np.concatenate(lines),
         sources=np.concatenate(sources),
     )
+    if any(len(table) for table in answers):
+        np.save(directory / "answers.npy", np.concatenate(answers))
     meta = {
         "n_tokens": int(sum(part.sum() for part in lengths)),
         "max_token": max_token,
-        "files": [str(path) for path in files],
+        "paths": [str(origin.path) for origin in origins],
+        "n_bad": n_bad,
+        "first_bad": first_bad,
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 @contextmanager
-def _advance(files: Sequence[Path], *, shown: bool) -> Iterator[Callable[[int], None]]:
+def _advance(sources: Sequence[SourceConfig], *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A function that is told the bytes that are done, and moves a bar if it is to be shown."""
     if not shown:
         yield lambda n_bytes: None
@@ -285,11 +367,19 @@ def _advance(files: Sequence[Path], *, shown: bool) -> Iterator[Callable[[int], 
 
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=sum(path.stat().st_size for path in files))
+        task = bar.add_task("", total=sum(map(_size, sources)))
         yield lambda n_bytes: bar.advance(task, n_bytes)
         bar.update(task, completed=bar.tasks[task].total)
 
 
+def _size(source: SourceConfig) -> int:
+    return sum(file.stat().st_size for file in content_files(source.path))
+
+
+def _count(which: np.ndarray) -> int:
+    return int(np.count_nonzero(which))
+
+
 def _samples(which: np.ndarray) -> str:
-    n = int(np.count_nonzero(which))
+    n = _count(which)
     return "1 sample is" if n == 1 else f"{n:,} samples are"

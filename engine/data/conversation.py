@@ -1,154 +1,172 @@
-"""A conversation, and how a record of JSON becomes one. Owns the meaning of records, not the files."""
+"""A conversation, and how a record becomes one. Owns the formats of records and the order of turns, not files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from paralign.models.errors import DataError
 
-Role = Literal["system", "user", "assistant"]
-RecordFormat = Literal["messages", "alpaca"]
+from .turns import Message, did_you_mean, read_tools, read_turn, read_turns, shown, text
 
-ROLES: tuple[Role, ...] = get_args(Role)
-# Keys that would change what is learned if they were passed over in silence.
-UNSUPPORTED = {
-    "tools": "tool definitions are not rendered",
-    "tool_calls": "tool calls are not rendered",
-    "function_call": "tool calls are not rendered",
-    "weight": "losses are not weighted by turn; `loss_on` chooses the turns",
+RecordFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+Column = Literal[
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "system",
+    "tools",
+    "chosen",
+    "rejected",
+    "label",
+    "chosen_score",
+    "rejected_score",
+    "margin",
+]
+
+# What a record of each format must have. The first format whose keys are all there is the record's.
+REQUIRED: dict[RecordFormat, tuple[Column, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One turn."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class Conversation:
-    """The turns of one sample, in order, and where they were read (`file:line`)."""
+    """The turns of one sample.
+
+    Attributes:
+        messages: in order.
+        place: where they were read, `file:line`.
+        tools: definitions that the assistant may call, in OpenAI's form.
+        n_context: turns at the beginning that are never learned, as those of a prompt with a completion.
+    """
 
     messages: tuple[Message, ...]
     place: str
+    tools: tuple[dict[str, Any], ...] = ()
+    n_context: int = 0
+
+
+def rename(record: object, columns: Mapping[Column, str]) -> object:
+    """`record` under our names: for each entry `ours: theirs`, the value of key `theirs`."""
+    if not columns or not isinstance(record, Mapping):
+        return record
+    taken = {*columns, *columns.values()}
+    kept = {key: value for key, value in record.items() if key not in taken}
+    return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
 
 
 def detect_format(record: object, place: str) -> RecordFormat:
-    """The format whose keys `record` has; DataError if it is neither."""
+    """The format whose keys `record` has; DataError if it has those of none."""
     if isinstance(record, Mapping):
-        if "messages" in record:
-            return "messages"
-        if "instruction" in record and "output" in record:
-            return "alpaca"
+        for name, keys in REQUIRED.items():
+            if all(key in record for key in keys):
+                return name
+    found = f"the keys {', '.join(map(str, record))}" if isinstance(record, Mapping) else shown(record)
     raise DataError(
-        f"{place}: read {_shown(record)}; expected an object with messages, or with instruction and output"
-        + _did_you_mean(record, ("messages", "instruction", "output"))
+        f"{place}: read {found}; expected an object with "
+        + ", or with ".join(" and ".join(keys) for keys in REQUIRED.values())
+        + (did_you_mean(record, [key for keys in REQUIRED.values() for key in keys]) or "; see `columns`")
     )
 
 
 def read_record(record: object, record_format: RecordFormat, place: str) -> Conversation:
-    """The conversation written in `record`, as decoded from JSON.
+    """The conversation written in `record`, under our names of columns.
 
-    `messages` is OpenAI's form, content a string or a list of text parts. `alpaca` has instruction, input and
-    output, and may have system and history (pairs of a question and an answer).
+    Any format may have `tools` and `system` beside its own keys; other keys are passed over.
+
+        messages            OpenAI's turns; content is text or a list of text parts
+        sharegpt            `conversations`: turns with from and value
+        alpaca              instruction and output, perhaps input and history (pairs of question and answer)
+        prompt_completion   each is text (a turn of the user, of the assistant) or turns; only the completion
+                            is learned
 
     Raises:
         DataError: place, key, what was read, what was expected.
     """
-    found = detect_format(record, place)
-    if found != record_format:
+    if not isinstance(record, Mapping) or any(key not in record for key in REQUIRED[record_format]):
+        found = detect_format(record, place)
         raise DataError(
             f"{place}: read a record of format {found} in a file of format {record_format}; "
             "expected one format per file; split the file"
         )
     fields = cast(Mapping[str, Any], record)
-    _refuse_unsupported(fields, place)
-    messages = _from_messages(fields, place) if found == "messages" else _from_alpaca(fields, place)
-    return Conversation(messages, place)
-
-
-def _from_messages(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    turns = record["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place} messages: read {_shown(turns)}; expected a list of at least one message")
-    return tuple(_message(turn, f"{place} messages[{i}]") for i, turn in enumerate(turns))
-
-
-def _message(turn: object, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{place}: read {_shown(turn)}; expected an object with role and content")
-    _refuse_unsupported(turn, place)
-    for key in ("role", "content"):
-        if key not in turn:
-            raise DataError(f"{place}: no {key}; expected role and content" + _did_you_mean(turn, (key,)))
-    role = turn["role"]
-    if role not in ROLES:
-        close = get_close_matches(str(role).lower(), ROLES, n=1)
-        raise DataError(
-            f"{place}.role: read {_shown(role)}; expected system, user or assistant"
-            + (f"; did you mean {close[0]}?" if close else "")
-        )
-    return Message(role, _content(turn["content"], f"{place}.content"))
-
-
-def _content(content: object, place: str) -> str:
-    if not isinstance(content, list):
-        return _text(content, place)
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(f'{place}[{i}]: read {_shown(part)}; expected {{"type": "text", "text": …}}')
-        texts.append(_text(part.get("text"), f"{place}[{i}].text"))
-    return "".join(texts)
+    system: tuple[Message, ...] = ()
+    if fields.get("system"):
+        system = (Message("system", text(fields["system"], f"{place} system")),)
+    n_context = 0
+    if record_format == "messages":
+        turns = read_turns(fields["messages"], f"{place} messages")
+    elif record_format == "sharegpt":
+        turns = read_turns(fields["conversations"], f"{place} conversations")
+    elif record_format == "alpaca":
+        turns = _from_alpaca(fields, place)
+    else:
+        prompt = _text_or_turns(fields["prompt"], "user", f"{place} prompt")
+        turns = prompt + _text_or_turns(fields["completion"], "assistant", f"{place} completion")
+        n_context = len(system) + len(prompt)
+    tools = read_tools(fields.get("tools"), f"{place} tools")
+    conversation = Conversation(system + turns, place, tools, n_context)
+    check_order(conversation)
+    return conversation
 
 
 def _from_alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     messages: list[Message] = []
-    if record.get("system"):
-        messages.append(Message("system", _text(record["system"], f"{place} system")))
     history = record.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"{place} history: read {_shown(history)}; expected a list of [question, answer]")
+        raise DataError(f"{place} history: read {shown(history)}; expected a list of [question, answer]")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{place} history[{i}]: read {_shown(pair)}; expected [question, answer]")
-        messages.append(Message("user", _text(pair[0], f"{place} history[{i}][0]")))
-        messages.append(Message("assistant", _text(pair[1], f"{place} history[{i}][1]")))
-    question = _text(record["instruction"], f"{place} instruction")
+            raise DataError(f"{place} history[{i}]: read {shown(pair)}; expected [question, answer]")
+        messages.append(Message("user", text(pair[0], f"{place} history[{i}][0]")))
+        messages.append(Message("assistant", text(pair[1], f"{place} history[{i}][1]")))
+    question = text(record["instruction"], f"{place} instruction")
     if record.get("input"):
-        question += "\n" + _text(record["input"], f"{place} input")
+        question += "\n" + text(record["input"], f"{place} input")
     messages.append(Message("user", question))
-    messages.append(Message("assistant", _text(record["output"], f"{place} output")))
+    messages.append(Message("assistant", text(record["output"], f"{place} output")))
     return tuple(messages)
 
 
-def _text(value: object, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: read {_shown(value)}; expected text")
-    return value
+def _text_or_turns(value: object, role: Literal["user", "assistant"], place: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        return (Message(role, value),)
+    return (read_turn(value, place),) if isinstance(value, Mapping) else read_turns(value, place)
 
 
-def _refuse_unsupported(record: Mapping[str, Any], place: str) -> None:
-    for key, reason in UNSUPPORTED.items():
-        if record.get(key):
-            raise DataError(f"{place} {key}: {reason}; remove the key, or the record")
-
-
-def _did_you_mean(record: object, expected: tuple[str, ...]) -> str:
-    for key in record if isinstance(record, Mapping) else ():
-        close = get_close_matches(str(key).lower(), expected, n=1)
-        if close and key not in expected:
-            return f"; {key}: did you mean {close[0]}?"
-    return ""
-
-
-def _shown(value: object) -> str:
-    """A value as it stood in the file, cut to what fits a line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "…"
+def check_order(conversation: Conversation) -> None:
+    """The rules that no template may be trusted to enforce."""
+    messages, place = conversation.messages, conversation.place
+    calling = False  # whether tool turns may follow
+    for i, message in enumerate(messages):
+        opening = i == 0 or (i == 1 and messages[0].role == "system")
+        if message.role == "system" and i > 0:
+            raise DataError(
+                f"{place}: turn {i} is of the system again; expected at most one such turn, the first; "
+                "join them, or split the conversation"
+            )
+        if opening and message.role in ("assistant", "tool"):
+            raise DataError(
+                f"{place}: turn {i} is the first after the system's and of the {message.role}; expected the "
+                "user to begin; remove the turn, or put the question before it"
+            )
+        if message.tool_calls and not conversation.tools:
+            raise DataError(
+                f"{place}: turn {i} calls the tool {message.tool_calls[0].name}, and the record has no tools; "
+                "give their definitions under tools"
+            )
+        if message.role == "tool" and not calling:
+            raise DataError(
+                f"{place}: turn {i} is of a tool, and no tool was called; expected tool_calls before it"
+            )
+        calling = bool(message.tool_calls) or (calling and message.role == "tool")

@@ -1,4 +1,4 @@
-"""Renders and tokenises files in worker processes. Owns the stream of samples, not its storage."""
+"""Renders and tokenises sources in worker processes. Owns the stream of samples, not its storage."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from .config import LossOn
-from .conversation import RecordFormat, read_record
-from .render import Renderer
-from .sources import Record, decode, read_records
+from .answer_table import ANSWER, describe_answers
+from .config import LossOn, SourceConfig
+from .conversation import RecordFormat, read_record, rename
+from .preference import Kind, read_preference
+from .record import Record
+from .render import Rendered, Renderer
+from .sources import decode, read_records
 
-CHUNK_CHARS = 1 << 20  # a task of some tenths of a second
+CHUNK_BYTES = 1 << 20  # a task of some tenths of a second
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """All that decides the tokens of a record, besides the record."""
+    """All that decides the tokens of a record, besides the record and its source.
+
+    Attributes:
+        skip_bad: leave out records that cannot be read or rendered, and count them.
+        kind: what records are read as.
+    """
 
     tokenizer_dir: Path
     template: str | None
     loss_on: LossOn
+    skip_bad: bool = False
+    kind: Kind = Kind.CONVERSATIONS
 
     def open(self) -> Renderer:
         """The renderer, which does not travel between processes."""
@@ -40,10 +50,10 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some records of one file, in order."""
+    """Some records of one source, in order; `index` is the source's among all."""
 
-    path: Path
-    source: int
+    source: SourceConfig
+    index: int
     record_format: RecordFormat
     records: tuple[Record, ...]
 
@@ -53,11 +63,13 @@ class Encoded:
     """The samples of one chunk, end to end.
 
     Attributes:
-        source: index of the file.
+        source: index of the source.
         tokens, learned: int32 and bool, one per token.
         lengths, lines: int64, one per sample.
         n_stops: samples that teach a stop token.
-        n_bytes: of the file, covered by the chunk.
+        n_bytes: of the source, covered by the chunk.
+        bad: what was wrong with each record that was left out.
+        answers: of ANSWER, one per sample where samples are answers, else empty.
     """
 
     source: int
@@ -67,38 +79,74 @@ class Encoded:
     lines: np.ndarray
     n_stops: int
     n_bytes: int
+    bad: tuple[str, ...]
+    answers: np.ndarray
 
 
-def encode_files(
-    files: Sequence[Path], formats: Sequence[RecordFormat], rendering: Rendering, workers: int
+def encode_sources(
+    sources: Sequence[SourceConfig], formats: Sequence[RecordFormat], rendering: Rendering, workers: int
 ) -> Iterator[Encoded]:
-    """Every record of `files`, in order whatever the number of workers (0: one for each core).
+    """Every record of `sources`, in order whatever the number of workers (0: one for each core).
 
     The first chunk is encoded here: a wrong template or a small file needs no process.
 
     Raises:
-        DataError: a record that cannot be used; the workers are ended.
+        DataError: a record that cannot be used, unless those are left out; the workers are ended.
     """
     renderer = rendering.open()
-    chunks = _chunks(files, formats)
+    chunks = _chunks(sources, formats)
     n_workers = workers or _cores()
-    yield from (_encode(chunk, renderer) for chunk in islice(chunks, 1 if n_workers > 1 else None))
+    first = islice(chunks, 1 if n_workers > 1 else None)
+    yield from (_encode(chunk, renderer, rendering) for chunk in first)
     yield from _in_processes(chunks, rendering, n_workers)
 
 
-def _encode(chunk: Chunk, renderer: Renderer) -> Encoded:
-    samples = []
+def encode_record(
+    record: Record, source: SourceConfig, record_format: RecordFormat, renderer: Renderer
+) -> Rendered:
+    """Tokens and learned tokens of one record of a source."""
+    value = rename(decode(record, source.path), source.columns)
+    return renderer(read_record(value, record_format, f"{source.path}:{record.line}"))
+
+
+def encode_answers(
+    record: Record, source: SourceConfig, kind: Kind, renderer: Renderer
+) -> tuple[list[Rendered], np.ndarray]:
+    """The answers of one record, each with its prompt before it, and of ANSWER what is known of each."""
+    value = rename(decode(record, source.path), source.columns)
+    preference = read_preference(value, kind, f"{source.path}:{record.line}")
+    samples = [renderer(conversation) for conversation in preference.conversations]
+    return samples, describe_answers(preference, samples)
+
+
+def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
+    samples: list[Rendered] = []
+    lines, bad, answers = [], [], [np.zeros(0, dtype=ANSWER)]
     for record in chunk.records:
-        place = f"{chunk.path}:{record.line}"
-        samples.append(renderer(read_record(decode(record, chunk.path), chunk.record_format, place)))
+        try:
+            if rendering.kind is Kind.CONVERSATIONS:
+                found = [encode_record(record, chunk.source, chunk.record_format, renderer)]
+            else:
+                found, about = encode_answers(record, chunk.source, rendering.kind, renderer)
+                answers.append(about)
+        except DataError as error:
+            if not rendering.skip_bad:
+                raise
+            bad.append(str(error))
+        else:
+            samples += found
+            lines += [record.line] * len(found)
+    nothing = [np.zeros(0, dtype=np.int32)]
     return Encoded(
-        source=chunk.source,
-        tokens=np.concatenate([sample.tokens for sample in samples]),
-        learned=np.concatenate([sample.learned for sample in samples]),
+        source=chunk.index,
+        tokens=np.concatenate([sample.tokens for sample in samples] or nothing),
+        learned=np.concatenate([sample.learned for sample in samples] or nothing).astype(bool),
         lengths=np.array([len(sample.tokens) for sample in samples], dtype=np.int64),
-        lines=np.array([record.line for record in chunk.records], dtype=np.int64),
+        lines=np.array(lines, dtype=np.int64),
         n_stops=sum(map(renderer.learns_to_stop, samples)),
-        n_bytes=sum(len(record.text.encode()) for record in chunk.records),
+        n_bytes=sum(record.n_bytes for record in chunk.records),
+        bad=tuple(bad),
+        answers=np.concatenate(answers),
     )
 
 
@@ -109,7 +157,7 @@ def _cores() -> int:
 
 
 def _encode_in_worker(chunk: Chunk, rendering: Rendering) -> Encoded:
-    return _encode(chunk, _renderer_of_worker(rendering))
+    return _encode(chunk, _renderer_of_worker(rendering), rendering)
 
 
 @lru_cache(maxsize=1)  # a worker lives for one build, so the tokenizer's files do not change under it
@@ -135,15 +183,15 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(files: Sequence[Path], formats: Sequence[RecordFormat]) -> Iterator[Chunk]:
-    for source, (path, record_format) in enumerate(zip(files, formats, strict=True)):
+def _chunks(sources: Sequence[SourceConfig], formats: Sequence[RecordFormat]) -> Iterator[Chunk]:
+    for index, (source, record_format) in enumerate(zip(sources, formats, strict=True)):
         records: list[Record] = []
-        n_chars = 0
-        for record in read_records(path):
+        n_bytes = 0
+        for record in read_records(source.path):
             records.append(record)
-            n_chars += len(record.text)
-            if n_chars >= CHUNK_CHARS:
-                yield Chunk(path, source, record_format, tuple(records))
-                records, n_chars = [], 0
+            n_bytes += record.n_bytes
+            if n_bytes >= CHUNK_BYTES:
+                yield Chunk(source, index, record_format, tuple(records))
+                records, n_bytes = [], 0
         if records:
-            yield Chunk(path, source, record_format, tuple(records))
+            yield Chunk(source, index, record_format, tuple(records))

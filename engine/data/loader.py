@@ -1,81 +1,44 @@
-"""From a plan to the tensors of this rank's packs. Owns tensors and segments, not which samples share a pack.
+"""From a plan to this rank's packs of a step. Owns no tensor's making and not which samples share a pack.
 
-T rows of a pack, S segments of it (samples, then the tail).
+S segments of a pack (samples, then the tail).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
-from paralign.models.segments import Segments
-
-from ..batch import IGNORE, PackedBatch, StepBatch, Unit
+from ..batch import Column, PackedBatch, StepBatch, Unit
 from .cache import TokenCache
-from .packing import PackPlan, plan_packs
-from .sampler import assign, packs_of_step, steps_per_epoch
+from .epochs import Epochs, Samples
+from .pack import Piece, build_pack
+from .sampler import assign, packs_of_step
 
-TAIL_ROWS = 128  # longest segment of padding: its attention work stays below that of any real pack
+NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
 
 Sample = tuple[np.ndarray, np.ndarray]  # tokens (L,) of any integer type; learned (L,), 1 where predicted
 
 
 def pack_batch(samples: Sequence[Sample], tokens_per_pack: int, device: torch.device) -> PackedBatch:
-    """One pack of the given samples, in the given order, padded with short segments of token 0.
-
-    Row i is to predict token i+1 of its own sample, if that is to be learned. No sample is an empty pack.
+    """One pack of the given samples, in the given order; see `build_pack`. No sample is an empty pack.
 
     Raises:
         ValueError: the samples are longer than the pack.
     """
-    lengths = [len(tokens) for tokens, _ in samples]
-    n_real = sum(lengths)
-    if n_real > tokens_per_pack:
-        raise ValueError(f"samples of {n_real} tokens do not fit a pack of {tokens_per_pack}")
-    tokens_T = np.zeros(tokens_per_pack, dtype=np.int64)
-    learned_T = np.zeros(tokens_per_pack, dtype=bool)
-    if samples:
-        np.concatenate([tokens for tokens, _ in samples], out=tokens_T[:n_real], casting="unsafe")
-        np.concatenate([learned for _, learned in samples], out=learned_T[:n_real], casting="unsafe")
-
-    n_tail = tokens_per_pack - n_real
-    tail = [TAIL_ROWS] * (n_tail // TAIL_ROWS) + ([n_tail % TAIL_ROWS] if n_tail % TAIL_ROWS else [])
-    rows_S = np.array(lengths + tail)
-    cu_seqlens = np.concatenate(([0], np.cumsum(rows_S)))
-    starts = cu_seqlens[:-1]
-    learned_T[starts] = False  # the first token of a segment has nothing before it
-
-    labels_T = np.full(tokens_per_pack, IGNORE, dtype=np.int64)
-    loss_rows = np.flatnonzero(learned_T) - 1
-    labels_T[loss_rows] = tokens_T[loss_rows + 1]
-
-    def send(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    cu_seqlens_S = send(cu_seqlens.astype(np.int32))
-    longest = int(rows_S.max())
-    segments = Segments(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens_S,
-        cu_seqlens_kv=cu_seqlens_S,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        positions_T=send(np.arange(tokens_per_pack) - np.repeat(starts, rows_S)),
-        n_real=n_real,
-        bounds=tuple((a, b, a, b) for a, b in pairwise(cu_seqlens.tolist())),
-    )
-    return PackedBatch(send(tokens_T), send(labels_T), send(loss_rows), segments)
+    return build_pack([Piece(tokens, learned) for tokens, learned in samples], tokens_per_pack, device)
 
 
-class PackLoader:
-    """The steps of one data-parallel rank, over any number of epochs.
+class StepLoader(ABC):
+    """The steps of one data-parallel rank, over any number of epochs; subclasses make the packs.
 
     A step is a pure function of its number: resuming is asking for it.
+
+    Attributes:
+        epochs: which packs each epoch holds.
 
     Args:
         global_batch_size: packs in a step, over all ranks.
@@ -85,7 +48,7 @@ class PackLoader:
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: Samples,
         *,
         global_batch_size: int,
         seed: int,
@@ -102,31 +65,25 @@ class PackLoader:
         self._dp_size = dp_size
         self._micro_batch_multiple = micro_batch_multiple
         self._device = device
-        self._plan = lru_cache(maxsize=1)(self._plan_epoch)
-        # Best-fit decreasing makes as many packs whatever the seed, so all epochs have as many steps.
-        self.steps_per_epoch = steps_per_epoch(len(self._plan(0)), global_batch_size)
+        self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
 
     @property
     def fingerprint(self) -> str:
         """Names the sequence of steps: equal fingerprints give equal samples to equal step numbers."""
         return f"{self.cache.fingerprint}/{self._global_batch_size}/{self._seed}"
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and its number within it."""
-        return divmod(step, self.steps_per_epoch)
-
     def step(self, step: int) -> StepBatch:
         """Step number `step`, from 0, over all epochs; tensors of this rank, counts of all."""
-        epoch, index = self.locate(step)
-        plan = self._plan(epoch)
-        lengths, n_loss = self.cache.lengths, self.cache.n_loss
+        epoch, index = self.epochs.locate(step)
+        plan = self.epochs.plan(epoch)
+        lengths = self.cache.lengths
         packs = [plan.pack(i) for i in packs_of_step(len(plan), self._global_batch_size, index)]
         work = [int(np.square(lengths[ids]).sum()) for ids in packs]
         mine = assign(work, self._dp_size, self._micro_batch_multiple)[self._dp_rank]
         ids = np.concatenate(packs)
         return StepBatch(
             micro_batches=[self._batch(packs[i] if i is not None else ids[:0]) for i in mine],
-            counts={Unit.TOKEN: int(n_loss[ids].sum()), Unit.SAMPLE: len(ids)},
+            counts=self._counts(ids),
             n_samples=len(ids),
             n_tokens=int(lengths[ids].sum()),
             sample_ids=tuple(ids.tolist()),
@@ -134,11 +91,37 @@ class PackLoader:
 
     def evaluation(self) -> Iterator[StepBatch]:
         """Every sample once, in the order of the first epoch: the same each time."""
-        return map(self.step, range(self.steps_per_epoch))
+        return map(self.step, range(self.epochs.first_step(1)))
 
-    def _plan_epoch(self, epoch: int) -> PackPlan:
-        return plan_packs(self.cache.lengths, self._tokens_per_pack, seed=self._seed, epoch=epoch)
+    @abstractmethod
+    def _counts(self, ids: np.ndarray) -> dict[Unit, int]:
+        """What losses over these samples are divided by."""
+
+    @abstractmethod
+    def _batch(self, ids: np.ndarray) -> PackedBatch:
+        """The pack of these samples."""
+
+
+class PackLoader(StepLoader):
+    """Steps of conversations; see StepLoader."""
+
+    def __init__(self, cache: TokenCache, **options: Any) -> None:
+        super().__init__(cache, **options)
+        self._conversations = cache
+
+    def _counts(self, ids: np.ndarray) -> dict[Unit, int]:
+        return {Unit.TOKEN: int(self._conversations.n_loss[ids].sum()), Unit.SAMPLE: len(ids)}
 
     def _batch(self, ids: np.ndarray) -> PackedBatch:
-        samples = [self.cache.sample(id_) for id_ in ids.tolist()]
-        return pack_batch(samples, self._tokens_per_pack, self._device)
+        samples = [self._conversations.sample(id_) for id_ in ids.tolist()]
+        batch = pack_batch(samples, self._tokens_per_pack, self._device)
+        if len(self.cache.origins) > 1:
+            batch.columns = {Column.SOURCE: source_column(batch, self.cache.sources[ids], self._device)}
+        return batch
+
+
+def source_column(batch: PackedBatch, sources: np.ndarray, device: torch.device) -> torch.Tensor:
+    """int64 (S,): the source of each segment, for the first of them as given, then padding."""
+    sources_S = np.full(len(batch.segments.bounds), NO_SOURCE)
+    sources_S[: len(sources)] = sources
+    return torch.from_numpy(sources_S).to(device)

@@ -10,6 +10,7 @@ Shape suffix: L tokens of a sample.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from paralign.models.errors import DataError, WeightsError
 
 from .config import ChatTemplate, LossOn
 from .conversation import Conversation
+from .sentencepiece_tokenizer import SentencePieceTokenizer, is_sentencepiece
 
 if TYPE_CHECKING:  # transformers costs seconds; `check` must start at once
     from transformers import PreTrainedTokenizerFast
@@ -67,12 +69,14 @@ class Renderer:
     """
 
     def __init__(self, tokenizer_dir: Path, template: str | None, loss_on: LossOn) -> None:
-        self.tokenizer = _open_tokenizer(tokenizer_dir)
+        self.tokenizer = open_tokenizer(tokenizer_dir)
         self._backend: Any = self.tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a limit kept in tokenizer.json would cut samples in silence
         self._backend.no_padding()
         if template is None and not self.tokenizer.chat_template:
-            raise DataError(f"{tokenizer_dir}: no chat template; set chat_template: llama3, chatml or a file")
+            raise DataError(
+                f"{tokenizer_dir}: no chat template; set chat_template: llama3, chatml, baichuan2 or a file"
+            )
         self._template = template if template is not None else self.tokenizer.get_chat_template()
         self._marks_generation = _GENERATION.search(self._template) is not None
         self._loss_on = loss_on
@@ -87,20 +91,26 @@ class Renderer:
         A token is learned if any of its text lies in an assistant turn or is the token that stops it.
 
         Raises:
-            DataError: the template refuses the conversation, or renders a turn differently once another
-                follows, so that what the model would see at inference is not what it would learn from.
+            DataError: the template refuses the conversation or passes over its tools; it renders a turn
+                differently once another follows, so that what the model would see at inference is not what
+                it would learn from; it marks some assistant turns with `{% generation %}`, and not this one.
         """
-        messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
-        text, marked = self._render(messages, conversation.place)
+        place = conversation.place
+        text, marked = self._render_whole(conversation)
         encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
         tokens_L = np.array(encoding.ids, dtype=np.int32)
+        turns = self._turns_to_learn(conversation)
+        turn_spans = [self._turn_span(conversation, turn, text) for turn in turns]
+        _check_tools(conversation, text, dict(zip(turns, turn_spans)))
         if self._loss_on == "all":
             learned_L = ~np.isin(tokens_L, self._only_bos)
         else:
             learned_L = np.zeros(len(tokens_L), dtype=bool)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-            spans = marked if marked is not None else self._turn_spans(messages, text, conversation.place)
-            for start, end in spans[-1:] if self._loss_on == "last" else spans:
+            spans = turn_spans if marked is None else _within(marked, turn_spans, turns, place)
+            first = turn_spans[0][0] if turn_spans and conversation.n_context else 0
+            for start, end in spans:
+                start = max(start, first)  # a mark that begins before a completion stops at its prompt
                 inside = (ends > start) & (starts < end)
                 if marked is None:
                     self._cut_after_stop(inside, tokens_L, text, ends, end)
@@ -112,45 +122,72 @@ class Renderer:
         """Whether the sample teaches some special token, as the one that ends a turn is."""
         return bool(np.isin(sample.tokens[sample.learned], self._stops).any())
 
-    def _render(
-        self, messages: list[dict[str, str]], place: str, *, prompt: bool = False
-    ) -> tuple[str, list[Span] | None]:
-        """The text, and the spans marked `{% generation %}` if the template marks any."""
+    def pieces(self, sample: Rendered) -> list[tuple[str, bool]]:
+        """The text of each token and whether it is learned; tokens that share a character come as one."""
+        found: list[tuple[str, bool]] = []
+        waiting: list[int] = []
+        for id_, learned in zip(sample.tokens.tolist(), sample.learned.tolist()):
+            waiting.append(id_)
+            piece = self._backend.decode(waiting, skip_special_tokens=False)
+            if not piece.endswith("\ufffd") or len(waiting) == 4:  # no character has more bytes
+                found.append((piece, learned))
+                waiting = []
+        return found
+
+    def _turns_to_learn(self, conversation: Conversation) -> list[int]:
+        turns = [
+            i
+            for i, message in enumerate(conversation.messages)
+            if message.role == "assistant" and i >= conversation.n_context
+        ]
+        return [] if self._loss_on == "all" else turns[-1:] if self._loss_on == "last" else turns
+
+    def _render_whole(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
+        """The text of all turns, and the spans marked `{% generation %}` if the template marks any."""
+        texts, spans = self._render(
+            conversation, len(conversation.messages), return_assistant_tokens_mask=self._marks_generation
+        )
+        return texts[0], spans[0] if self._marks_generation else None
+
+    def _render_prefix(self, conversation: Conversation, n_turns: int, *, prompt: bool) -> str:
+        """The text of the first turns, and perhaps the prompt for an answer."""
+        return self._render(conversation, n_turns, add_generation_prompt=prompt)[0][0]
+
+    def _render(self, conversation: Conversation, n_turns: int, **options: bool) -> tuple[list[str], Any]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
+            return render_jinja_template(
+                conversations=[[message.for_template() for message in conversation.messages[:n_turns]]],
+                tools=list(conversation.tools) or None,
                 chat_template=self._template,
-                return_assistant_tokens_mask=self._marks_generation,
-                add_generation_prompt=prompt,
+                **options,
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError) as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise DataError(f"{place}: the chat template refuses the turns ({roles}): {error}") from None
-        return texts[0], spans[0] if self._marks_generation else None
+            roles = ", ".join(message.role for message in conversation.messages[:n_turns])
+            raise DataError(
+                f"{conversation.place}: the chat template refuses the turns ({roles}): {error}"
+            ) from None
 
-    def _turn_spans(self, messages: list[dict[str, str]], text: str, place: str) -> list[Span]:
-        """For each assistant turn: from the end of its generation prompt to the end of the turn.
+    def _turn_span(self, conversation: Conversation, turn: int, text: str) -> Span:
+        """From the end of the generation prompt of an assistant turn to the end of the turn.
 
         Found by rendering the turns before it with a generation prompt, and the turns up to it.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = []
-        for i in turns[-1:] if self._loss_on == "last" else turns:
-            before, _ = self._render(messages[:i], place, prompt=True)
-            upto, _ = self._render(messages[: i + 1], place)
-            for prefix in (before, upto):
-                if not text.startswith(prefix):
-                    raise DataError(
-                        f"{place}: the chat template changes earlier turns: the text up to messages[{i}] is "
-                        "not the beginning of the whole; mark assistant turns with {% generation %} in the "
-                        "template, split the conversation, or set loss_on: last"
-                    )
-            spans.append((len(before), len(upto)))
-        return spans
+        before = self._render_prefix(conversation, turn, prompt=True)
+        last = turn + 1 == len(conversation.messages)
+        upto = text if last else self._render_prefix(conversation, turn + 1, prompt=False)
+        for prefix in (before, upto):
+            if not text.startswith(prefix):
+                raise DataError(
+                    f"{conversation.place}: the chat template changes earlier turns: the text up to "
+                    f"messages[{turn}] is not the beginning of the whole, so that the model would not see at "
+                    "inference what it learns from; take a template that only adds text, split the "
+                    "conversation, or set loss_on: last"
+                )
+        return len(before), len(upto)
 
     def _cut_after_stop(
         self, inside: np.ndarray, tokens_L: np.ndarray, text: str, ends: np.ndarray, end: int
@@ -161,11 +198,45 @@ class Renderer:
             inside[stops[-1] + 1 :] = False
 
 
-def _open_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def _within(marked: list[Span], turn_spans: list[Span], turns: list[int], place: str) -> list[Span]:
+    """The marked spans of the turns to learn; every one of these turns must have some.
+
+    A span belongs to the turn whose text it shares: templates that mark the newline after the header too begin
+    before the turn does.
+    """
+    found = []
+    for turn, (start, end) in zip(turns, turn_spans):
+        inside = [span for span in marked if max(start, span[0]) < min(end, span[1])]
+        if not inside:
+            raise DataError(
+                f"{place}: the chat template marks nothing of messages[{turn}] with {{% generation %}}, so that "
+                "this answer would not be learned; mark it in the template, or remove all marks"
+            )
+        found += inside
+    return found
+
+
+def _check_tools(conversation: Conversation, text: str, spans: Mapping[int, Span]) -> None:
+    """Tools and calls must show in the text: a template that knows no tools drops them without a word."""
+    absent = [tool["function"]["name"] for tool in conversation.tools if tool["function"]["name"] not in text]
+    for turn, message in enumerate(conversation.messages):
+        start, end = spans.get(turn, (0, len(text)))
+        absent += [call.name for call in message.tool_calls if call.name not in text[start:end]]
+    if absent:
+        raise DataError(
+            f"{conversation.place}: the chat template leaves out the tool {absent[0]}; take a template that "
+            "renders tools, such as the model's own or chatml, or remove the tools"
+        )
+
+
+def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTokenizer:
+    """The tokenizer of a Hugging Face directory, fast or sentencepiece's; WeightsError if it has neither."""
     from transformers import AutoTokenizer
 
     if not directory.is_dir():
         raise WeightsError(f"{directory}: no such directory; expected one with a tokenizer")
+    if is_sentencepiece(directory):
+        return SentencePieceTokenizer(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -84,7 +84,7 @@ def step_statistics(
     return StepStatistics(
         packs=n_packs,
         steps=steps,
-        utilisation=float(lengths.sum() / (n_packs * tokens_per_pack)),
+        utilisation=float(lengths[plan.sample_ids].sum() / (n_packs * tokens_per_pack)),
         samples=spread(np.ones_like(lengths)),
         tokens=spread(lengths),
         loss_tokens=spread(n_loss),

@@ -1,62 +1,90 @@
-"""Files of samples, read record by record. Owns JSON, JSONL and line numbers, not what records mean."""
+"""Sources of samples, read record by record. Owns JSON, JSONL and line numbers, not what records mean."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from paralign.models.errors import DataError
 
-from .config import Format
-from .conversation import RecordFormat, detect_format
+from .config import SourceConfig
+from .conversation import REQUIRED, RecordFormat, detect_format, rename
+from .record import Record
+from .tables import is_table, table_files, table_records
 
 _SPACE = " \t\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The text of one JSON record, not yet decoded, and the line it begins at, from 1."""
-
-    line: int
-    text: str
-
-
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a JSON list or a JSONL file (told apart by the first character), in order.
+    """The records of a source, in order.
 
-    UTF-8, with or without a byte order mark. JSONL is read line by line, empty lines are passed over; the
-    text of a list is held whole, its records one at a time.
+    A JSON list or a JSONL file (told apart by the first character): UTF-8, with or without a byte order mark.
+    JSONL is read line by line, empty lines are passed over; the text of a list is held whole, its records one
+    at a time. A Parquet file or the folder of a saved data set: row by row.
 
     Raises:
-        DataError: no such file, not UTF-8, a broken list, no record. A broken line is found by `decode`.
+        DataError: no such file, a broken list or table, no record. A broken line is found by `decode`.
     """
-    if not path.is_file():
+    if is_table(path):
+        records = table_records(path)
+    elif path.is_file():
+        records = _list_records(path) if _opens_a_list(path) else _line_records(path)
+    else:
         raise DataError(f"{path}: no such file")
-    records = _list_records(path) if _opens_a_list(path) else _line_records(path)
     empty = True
     for record in records:
         empty = False
         yield record
     if empty:
-        raise DataError(f"{path}: no record; expected a JSON list or one JSON object per line")
+        raise DataError(
+            f"{path}: no record; expected a JSON list, one JSON object per line, or rows of a table"
+        )
+
+
+def content_files(path: Path) -> list[Path]:
+    """The files that hold a source's content: the file itself, or those of a saved data set."""
+    if path.is_dir():
+        return table_files(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return [path]
 
 
 def decode(record: Record, path: Path) -> object:
-    """The JSON value of a record; DataError with file, line and column if it is none."""
+    """The value of a record; DataError with file, line and column if it is no JSON or not UTF-8."""
+    content = record.content
+    if isinstance(content, dict):
+        return content
     try:
-        return json.loads(record.text)
+        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, record.line, error) from None
     except json.JSONDecodeError as error:
         raise _broken(path, record.line + error.lineno - 1, error, "one JSON object per line") from None
 
 
-def record_format(path: Path, stated: Format) -> RecordFormat:
-    """`stated`, or the format of the file's first record if it is `auto`."""
-    if stated != "auto":
-        return stated
-    first = next(read_records(path))
-    return detect_format(decode(first, path), f"{path}:{first.line}")
+def record_format(source: SourceConfig) -> RecordFormat:
+    """The stated format of a source, or that of its first record if it is `auto`.
+
+    Raises:
+        DataError: the first record is of no format; a table has not the columns of the stated format.
+    """
+    path = source.path
+    if source.format in (None, "auto"):
+        first = next(read_records(path))
+        return detect_format(rename(decode(first, path), source.columns), f"{path}:{first.line}")
+    stated: RecordFormat = source.format  # type: ignore[assignment]
+    if is_table(path):
+        row = next(read_records(path)).content
+        assert isinstance(row, dict)
+        for key in REQUIRED[stated]:
+            if (column := source.columns.get(key, key)) not in row:
+                raise DataError(
+                    f"{path}: no column {column}, which format {stated} needs; the table has {', '.join(row)}; "
+                    f"name it by columns: {{{key}: …}}"
+                )
+    return stated
 
 
 def _opens_a_list(path: Path) -> bool:
@@ -71,12 +99,9 @@ def _opens_a_list(path: Path) -> bool:
 def _line_records(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:  # in bytes: text mode would also split at other line separators
         for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, line, error) from None
-            if text:
-                yield Record(line, text)
+            content = (raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw).strip()
+            if content:
+                yield Record(line, content, len(raw))
 
 
 def _list_records(path: Path) -> Iterator[Record]:
@@ -85,6 +110,7 @@ def _list_records(path: Path) -> Iterator[Record]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, raw.count(b"\n", 0, error.start) + 1, error) from None
+    bytes_per_char = len(raw) / len(text)
     del raw
     decoder = json.JSONDecoder()
     line, counted = 1, 0
@@ -95,7 +121,7 @@ def _list_records(path: Path) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             raise _broken_list(path, error) from None
         line, counted = line + text.count("\n", counted, at), at
-        yield Record(line, text[at:end])
+        yield Record(line, text[at:end], round((end - at) * bytes_per_char))
         at = _skip(text, end)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)

@@ -1,25 +1,70 @@
-"""Log-probability of a label under a vocabulary-parallel head. Owns the chunked matmul and its own backward.
+"""Log-probability, entropy and top-k divergence under a vocabulary-parallel head. Owns the chunked matmul, the
+collectives and the backward pass; what is done to a chunk of logits stands in vocab.py.
 
-Shape suffixes: R rows with a label, V rows of the head's weight on this rank, H hidden size.
+Shape suffixes: R rows with a label, V rows of the head's weight on this rank, H hidden size, K chosen logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Logits of one chunk, in bytes of float32. Below it the logits of all rows are kept for the backward pass
-# (three matmuls); above it they are computed again, chunk by chunk (four).
+from paralign.models.weight_gradient import accumulate
+
+from .library import require
+from .vocab import COLUMNS, LOWEST, vocab_gradient_, vocab_partials
+
+# Logits of one chunk, in bytes. Below it the logits of all rows are kept for the backward pass (three matmuls);
+# above it they are computed again, chunk by chunk (four).
 WORKSPACE_BYTES = 256 * 2**20
 
 
-def token_logprob_ref(hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor) -> Tensor:
-    """The definition, for one rank and an unpadded vocabulary: log softmax(h Wᵀ) at the label; float32 (R,)."""
-    logits_RV = (hidden_RH @ weight_VH.t()).float()
-    return logits_RV.log_softmax(-1).gather(1, labels_R[:, None])[:, 0]
+@dataclass(frozen=True)
+class TopK:
+    """A reference model's largest logits for each row.
+
+    Attributes:
+        indices_RK: int64, in the whole vocabulary, distinct in a row.
+        logprobs_RK: float32, the reference's log-probabilities there; renormalised over the K here.
+    """
+
+    indices_RK: Tensor
+    logprobs_RK: Tensor
+
+
+class TokenStatistics(NamedTuple):
+    """For each row, float32 (R,) (float64 for float64 input).
+
+    Attributes:
+        logprob_R: log-probability of the label.
+        entropy_R: −Σ p log p over the vocabulary, nats.
+        divergence_R: Σ p̂ (log p̂ − log q̂) ≥ 0, nats: p̂ this model, q̂ the reference, each renormalised over the
+            reference's K tokens (arXiv 2410.14940, the full KL formula over the top 500 logits); None without one.
+    """
+
+    logprob_R: Tensor
+    entropy_R: Tensor
+    divergence_R: Tensor | None
+
+
+def token_statistics_ref(
+    hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor, reference: TopK | None = None
+) -> TokenStatistics:
+    """The definition, for one rank and an unpadded vocabulary."""
+    logits_RV = hidden_RH @ weight_VH.t()
+    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    logprobs_RV = logits_RV.log_softmax(-1)
+    divergence_R = None
+    if reference is not None:
+        ours_RK = logits_RV.gather(1, reference.indices_RK).log_softmax(-1)
+        theirs_RK = reference.logprobs_RK.log_softmax(-1)
+        divergence_R = (ours_RK.exp() * (ours_RK - theirs_RK)).sum(-1)
+    logprob_R = logprobs_RV.gather(1, labels_R[:, None])[:, 0]
+    return TokenStatistics(logprob_R, -(logprobs_RV.exp() * logprobs_RV).sum(-1), divergence_R)
 
 
 def token_logprob(
@@ -31,102 +76,187 @@ def token_logprob(
     group: Any = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
-    """Log-probability of each row's label, with the vocabulary divided over a tensor-parallel group.
+    """The log-probabilities of `token_statistics` alone: float32 (R,)."""
+    return token_statistics(
+        hidden_RH, weight_VH, labels_R, vocab_size=vocab_size, group=group, workspace_bytes=workspace_bytes
+    ).logprob_R
+
+
+def token_statistics(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    labels_R: Tensor,
+    *,
+    vocab_size: int,
+    reference: TopK | None = None,
+    group: Any = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> TokenStatistics:
+    """What a loss asks of each row's logits, with the vocabulary divided over a tensor-parallel group.
 
     Args:
         hidden_RH: (R, H), the same on every rank of the group; R may be 0.
-        weight_VH: (V, H), rank r of n holds rows r·V … (r + 1)·V of the padded vocabulary.
+        weight_VH: (V, H), rank r of n holds rows r·V … (r + 1)·V of the padded vocabulary. If it has a `main_grad`
+            (Megatron's data parallelism), its gradient is added there and marked as added.
         labels_R: int64 (R,), in the whole vocabulary.
         vocab_size: rows of the vocabulary that are real; those past it count as if their logit were −∞.
+        reference: the tokens that the divergence is taken over, and what the reference model says of them.
         group: the tensor-parallel group, or None for one rank.
-        workspace_bytes: largest block of float32 logits to exist at once.
+        workspace_bytes: largest block of logits to exist at once.
 
     Returns:
-        float32 (R,). Its gradient for `hidden_RH` is this rank's share: the caller's region function sums it.
+        Every value is differentiable. The gradient for `hidden_RH` is this rank's share: the caller's region
+        function sums it.
 
-    Two collectives in all, of R floats and of 2R floats, however many chunks there are.
+    Two collectives in all, of 2R floats and of 5R floats, however many chunks there are.
+
+    Raises:
+        ValueError: shapes or types do not fit; more than `vocab_size` chosen; or, on the CPU, a label or a chosen
+            index outside the vocabulary. On CUDA, where looking would stop the device, such a row becomes NaN.
     """
-    return _TokenLogprob.apply(hidden_RH, weight_VH, labels_R, vocab_size, group, workspace_bytes)
+    fits = (
+        hidden_RH.dim() == weight_VH.dim() == 2
+        and hidden_RH.shape[1] == weight_VH.shape[1]
+        and hidden_RH.dtype == weight_VH.dtype
+        and labels_R.shape == hidden_RH.shape[:1]
+        and labels_R.dtype == torch.int64
+    )
+    rule = "hidden (R, H), weight (V, H) of its type, int64 labels (R,)"
+    require("token_statistics", rule, fits, hidden_RH, weight_VH, labels_R)
+    if reference is None:
+        chosen_RK = labels_R.new_empty(labels_R.shape[0], 0)
+        chosen_logprob_RK = chosen_RK.float()
+    else:
+        chosen_RK, logprobs_RK = reference.indices_RK, reference.logprobs_RK
+        fits = (
+            chosen_RK.dim() == 2
+            and chosen_RK.shape == logprobs_RK.shape
+            and chosen_RK.shape[0] == labels_R.shape[0]
+            and chosen_RK.dtype == torch.int64
+            and 0 < chosen_RK.shape[1] <= vocab_size
+        )
+        rule = f"int64 indices and log-probabilities (R, K), 0 < K ≤ {vocab_size}, the vocabulary"
+        require("token_statistics", rule, fits, labels_R, chosen_RK, logprobs_RK)
+        chosen_logprob_RK = logprobs_RK.log_softmax(-1)
+    logprob_R, entropy_R, divergence_R = _TokenStatistics.apply(
+        hidden_RH, weight_VH, labels_R, chosen_RK, chosen_logprob_RK, vocab_size, group, workspace_bytes
+    )
+    return TokenStatistics(logprob_R, entropy_R, None if reference is None else divergence_R)
 
 
-def _chunks(n_rows: int, n_columns: int, workspace_bytes: int) -> list[slice]:
-    step = max(1, workspace_bytes // (4 * max(1, n_columns)))
+def _row_chunks(n_rows: int, row_bytes: int, workspace_bytes: int) -> list[slice]:
+    step = max(1, workspace_bytes // max(1, row_bytes))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-class _TokenLogprob(torch.autograd.Function):
+def _outside(indices: Tensor, vocab_size: int, what: str) -> Tensor:
+    outside = (indices < 0) | (indices >= vocab_size)
+    if not indices.is_cuda and outside.any():
+        row, value = int(outside.nonzero()[0, 0]), int(indices[outside][0])
+        raise ValueError(
+            f"token_statistics: {what} {value} in row {row} is outside the vocabulary of {vocab_size}"
+        )
+    return outside
+
+
+def _over_all_shards(partials_R7: Tensor, group: Any) -> tuple[Tensor, ...]:
+    """(log Σ e^z, label's logit, entropy, log Σ e^z over the chosen, divergence) of rows, from all their shards."""
+    own_tops = partials_R7[:, [0, 4]].t().contiguous()
+    tops = own_tops
+    if group is not None and group.size() > 1:
+        tops = own_tops.clone()
+        dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
+    # Weights and moments from this shard's maximum to the maximum of all; a shard without columns gives 0.
+    drop = own_tops - tops
+    scale = drop.exp()
+    weights = partials_R7[:, [1, 5]].t()
+    moments = partials_R7[:, [2, 6]].t() + weights * drop
+    sums = torch.cat((weights * scale, moments * scale, partials_R7[:, 3][None]))
+    if group is not None and group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    weight, chosen_weight, moment, chosen_moment, label = sums
+    log_weight, chosen_log_weight = weight.log(), chosen_weight.log()
+    return (
+        tops[0] + log_weight,
+        label,
+        log_weight - moment / weight,
+        tops[1] + chosen_log_weight,
+        chosen_moment / chosen_weight - chosen_log_weight,
+    )
+
+
+class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_RH: Tensor,
         weight_VH: Tensor,
         labels_R: Tensor,
+        chosen_RK: Tensor,
+        chosen_logprob_RK: Tensor,
         vocab_size: int,
         group: Any,
         workspace_bytes: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n_rows, n_columns = hidden_RH.shape[0], weight_VH.shape[0]
-        rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        first = rank * n_columns
+        first = 0 if group is None else group.rank() * n_columns
         real = min(n_columns, max(0, vocab_size - first))
-        local_R = labels_R - first
-        is_local_R = (local_R >= 0) & (local_R < real)
-        local_R = local_R.clamp(0, n_columns - 1)
-        real_weight = weight_VH[:real]
-
-        chunks = _chunks(n_rows, n_columns, workspace_bytes)
-        keep = len(chunks) == 1
-        kept: Tensor | None = None
-        top_R = hidden_RH.new_full((n_rows,), -torch.inf, dtype=torch.float32)
-        label_R = torch.zeros_like(top_R)
-        sum_R = torch.zeros_like(top_R)
+        chunks = _row_chunks(n_rows, real * hidden_RH.element_size(), workspace_bytes)
+        wide = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
+        partials_R7 = torch.zeros(n_rows, COLUMNS, dtype=wide, device=hidden_RH.device)
+        partials_R7[:, [0, 4]] = LOWEST
+        logits: Tensor | None = None
         if real > 0:
             for rows in chunks:
-                logits = (hidden_RH[rows] @ real_weight.t()).float()
-                top = logits.amax(-1)
-                label = logits.gather(1, local_R[rows].clamp(max=real - 1)[:, None])[:, 0]
-                exponent = logits.sub_(top[:, None]).exp_()
-                top_R[rows], label_R[rows], sum_R[rows] = top, label, exponent.sum(-1)
-                if keep:
-                    kept = exponent
-        local_top_R = top_R
-        if size > 1:
-            top_R = local_top_R.clone()
-            dist.all_reduce(top_R, op=dist.ReduceOp.MAX, group=group)
-        rescale_R = torch.exp(local_top_R - top_R)  # 0 where this rank has no real column
-        stats = torch.stack((sum_R * rescale_R, torch.where(is_local_R, label_R, 0.0)))
-        if size > 1:
-            dist.all_reduce(stats, group=group)
-        log_sum_R = stats[0].log() + top_R
+                logits = hidden_RH[rows] @ weight_VH[:real].t()
+                partials_R7[rows] = vocab_partials(
+                    logits, labels_R[rows], chosen_RK[rows], chosen_logprob_RK[rows], first
+                )
+        log_sum, label, entropy, chosen_log_sum, divergence = _over_all_shards(partials_R7, group)
+        nowhere = _outside(labels_R, vocab_size, "the label")
+        if chosen_RK.shape[1]:
+            nowhere = nowhere | _outside(chosen_RK, vocab_size, "a chosen index").any(-1)
+        else:
+            chosen_log_sum = divergence = torch.zeros_like(log_sum)
+        logprob = torch.where(nowhere, torch.nan, label - log_sum)
+
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            hidden_RH, weight_VH, local_R, is_local_R, log_sum_R, kept, rescale_R / stats[0]
+            hidden_RH,
+            *(weight_VH, labels_R, chosen_RK, chosen_logprob_RK),
+            *(log_sum, entropy, chosen_log_sum, divergence),
         )
-        ctx.real, ctx.chunks = real, chunks
-        return stats[1] - log_sum_R
+        ctx.first, ctx.real, ctx.chunks = first, real, chunks
+        ctx.kept = logits if len(chunks) == 1 else None
+        ctx.weight = weight_VH  # the parameter itself: data parallelism keeps `main_grad` on it
+        return logprob, entropy, divergence
 
     @staticmethod
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_RH, weight_VH, local_R, is_local_R, log_sum_R, kept, to_probability_R = ctx.saved_tensors
-        dtype = hidden_RH.dtype
-        real_weight = weight_VH[: ctx.real]
+    def backward(ctx: Any, *grads_R: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_RH, weight_VH, labels_R, chosen_RK, chosen_logprob_RK, *values = ctx.saved_tensors
+        log_sum, entropy, chosen_log_sum, divergence = values
+        d_logprob, d_entropy, d_divergence = (torch.zeros_like(log_sum) if g is None else g for g in grads_R)
+        rows_R7 = torch.stack(
+            (log_sum, d_logprob, d_entropy, entropy, d_divergence, chosen_log_sum, divergence), dim=1
+        )
+        # The kept logits are written over: a second backward pass computes them again.
+        kept, ctx.kept = ctx.kept, None
+        weight = ctx.weight
+        in_place = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+        unwritten = in_place and not getattr(weight, "zero_out_wgrad", False)
+        grad_weight = torch.empty_like(weight_VH) if unwritten else torch.zeros_like(weight_VH)
+        sums = weight.main_grad if in_place else grad_weight
         grad_hidden = torch.zeros_like(hidden_RH)
-        grad_weight = torch.zeros_like(weight_VH)
-        if ctx.real == 0:
-            return grad_hidden, grad_weight, None, None, None, None
-        grad_real = grad_weight[: ctx.real]
-        hit_R = torch.where(is_local_R, grad_R, 0.0)
-        for rows in ctx.chunks:
-            # d log p / d logit = onehot(label) − softmax
-            if kept is not None:
-                grad_logits = kept * (-grad_R * to_probability_R)[rows, None]
-            else:
-                logits = (hidden_RH[rows] @ real_weight.t()).float()
-                grad_logits = logits.sub_(log_sum_R[rows, None]).exp_().mul_(-grad_R[rows, None])
-            grad_logits.scatter_add_(1, local_R[rows].clamp(max=ctx.real - 1)[:, None], hit_R[rows, None])
-            grad_logits = grad_logits.to(dtype)
-            grad_hidden[rows] = grad_logits @ real_weight
-            if len(ctx.chunks) == 1:
-                torch.mm(grad_logits.t(), hidden_RH, out=grad_real)
-            else:
-                grad_real.addmm_(grad_logits.t(), hidden_RH[rows])
-        return grad_hidden, grad_weight, None, None, None, None
+        if ctx.real > 0:
+            real_weight = weight_VH[: ctx.real]
+            for rows in ctx.chunks:
+                logits = hidden_RH[rows] @ real_weight.t() if kept is None else kept
+                vocab_gradient_(
+                    logits,
+                    *(labels_R[rows], rows_R7[rows], chosen_RK[rows], chosen_logprob_RK[rows], ctx.first),
+                )
+                grad_hidden[rows] = logits @ real_weight
+                accumulate(hidden_RH[rows], logits, sums[: ctx.real])
+        if in_place:
+            weight.grad_added_to_main_grad = True
+        return grad_hidden, grad_weight, *[None] * 6

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Literal
+
 from torch import Tensor
 
-from ..batch import Column, LossSum, PackedBatch, Unit
+from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..config import Section
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning.
+
+    Attributes:
+        name: sft.
+    """
+
+    name: Literal["sft"] = "sft"
 
 
 class SFT:
     """−Σ log p(label), averaged over the loss tokens of the whole step: every token counts the same."""
 
     needs: frozenset[Column] = frozenset()
-    metrics: tuple[str, ...] = ("loss",)
+    head = Head.LM
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, config: SFTConfig | None = None) -> None:
+        del config  # it has no key but its name
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         total = -out.sum()
-        count = total.new_tensor(batch.loss_rows.numel())
-        return LossSum({Unit.TOKEN: total}, torch.stack((total.detach(), count)).double()[None])
+        return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
+
+    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Nothing but the loss."""
+        return {}

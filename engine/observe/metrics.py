@@ -1,7 +1,7 @@
 """Where a run reports to while it runs: metrics.jsonl and the console. Measures nothing and plots nothing.
 
-Names: loss, grad_norm, learning_rate, tokens_per_second (all GPUs), tflops_per_gpu, mfu, samples,
-validation/NAME/loss.
+Names: loss, loss/SOURCE where there are several, grad_norm, learning_rate, tokens_per_second (all GPUs),
+tflops_per_gpu, mfu, samples, validation/NAME/loss.
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ class ConsoleLog:
         self._bar.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        validation = [f"{name} {value:.4f}" for name, value in values.items() if name not in _SHOWN]
+        validation = [
+            f"{name} {value:.4f}"
+            for name, value in values.items()
+            if name not in _SHOWN and not name.startswith("loss/")
+        ]
         training = [show(values[name]) for name, show in _SHOWN.items() if name in values]
         if not self._console.is_terminal:
             self._print(f"step {step}/{self._total_steps}", *training, *validation, *self._time_left(step))

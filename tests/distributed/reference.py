@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.baichuan2_reference import BaichuanConfig, BaichuanForCausalLM
+
 Sample = tuple[list[int], list[bool]]  # tokens, and which of them are learned
 
 LR, WEIGHT_DECAY, CLIP, STEPS = 1e-3, 0.1, 1.0, 3
@@ -17,9 +19,29 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 
 
 def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
-    """A random fp32 model: Llama with grouped queries and an untied head, or Qwen2 with biases and a tied one."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    """A random fp32 model of a family.
 
+    Llama has grouped queries and an untied head, Qwen2 biases and a tied head, Qwen3 norms of q and k;
+    Baichuan2's 13B has a number of heads that is no power of two.
+    """
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    torch.manual_seed(seed)
+    if family.startswith("baichuan2"):
+        length = "max_position_embeddings" if family == "baichuan2-7b" else "model_max_length"
+        heads, hidden = (8, 64) if family == "baichuan2-7b" else (12, 96)
+        baichuan = BaichuanForCausalLM(BaichuanConfig(251, hidden, 96, layers, heads, **{length: 512}))
+        with torch.no_grad():
+            for parameter in baichuan.parameters():
+                parameter.copy_(0.1 * torch.randn_like(parameter) + (parameter.dim() == 1))
+        return baichuan
     shape = dict(
         hidden_size=64,
         intermediate_size=96,
@@ -31,9 +53,12 @@ def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
         initializer_range=0.1,
         attn_implementation="eager",
     )
-    torch.manual_seed(seed)
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, tie_word_embeddings=False))
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, tie_word_embeddings=False))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(
+            Qwen3Config(**shape, head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=False)
+        )
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**shape, rms_norm_eps=1e-6, tie_word_embeddings=True))
     with torch.no_grad():

@@ -62,7 +62,7 @@ def test_the_report_says_what_matters(project: Path) -> None:
         (["model.init=weights"], WeightsError, "no model.safetensors"),
         (["data.train=[train.jsonl, a.jsonl, b.jsonl]"], DataError, "data.train: a.jsonl: no such file"),
         (["data.validation.code=c.jsonl"], DataError, "data.validation.code: c.jsonl: no such file"),
-        (["layout.tensor_model_parallel_size=4"], LayoutError, "tp 4 does not divide 2 KV groups"),
+        (["layout.tensor_model_parallel_size=8"], LayoutError, "tp 8 does not divide 4 attention heads"),
         (["layout.pipeline_model_parallel_size=3"], LayoutError, "4 layers do not divide into pp 3"),
         (
             [

@@ -1,19 +1,35 @@
-"""A native checkpoint becomes a Hugging Face directory, bit by bit, or nothing at all."""
+"""A model changes its form bit by bit, or not at all."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from paralign.engine import convert as convert_module
+from paralign.engine import writing
 from paralign.engine.checkpoint.hf import Assets, HFReader, copy_assets
+from paralign.engine.checkpoint.manifest import compare
+from paralign.engine.checkpoint.source import HFSource
+from paralign.engine.checkpoint.target import NativeTarget
 from paralign.engine.convert import convert
 from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
+
+from ..models.baichuan2_reference import BaichuanConfig, BaichuanForCausalLM
 
 SMALL = {
     "vocab_size": 37,
@@ -143,18 +159,151 @@ def test_an_empty_directory_is_used(tmp_path, checkpoint):
     assert json.loads((tmp_path / "dst/config.json").read_text())["vocab_size"] == 37
 
 
-def test_a_disk_that_lies_is_noticed_and_leaves_nothing(tmp_path, checkpoint, monkeypatch):
-    class Forgetful(HFReader):
-        def read(self, name):
-            tensor = super().read(name)
-            return tensor + 1 if name == "model.layers.1.mlp.up_proj.weight" else tensor
+class Forgetful(HFSource):
+    """A disk that gives back something else."""
 
-    monkeypatch.setattr(convert_module, "HFReader", Forgetful)
-    with pytest.raises(WeightsError, match=r"decoder.layers.1.mlp.linear_fc1.weight was not read back"):
+    def stored(self, rule):
+        return {
+            name: tensor + 1 if name == "model.layers.1.mlp.up_proj.weight" else tensor
+            for name, tensor in super().stored(rule).items()
+        }
+
+
+def test_a_disk_that_lies_is_noticed_and_leaves_nothing(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(writing, "open_source", Forgetful)
+    with pytest.raises(WeightsError, match=r"model.layers.1.mlp.up_proj.weight was not read back"):
         convert(checkpoint, tmp_path / "dst", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000100"]
 
 
-def test_converting_imports_no_megatron():
-    code = "import sys, paralign.engine.convert; assert not [n for n in sys.modules if 'megatron' in n]"
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen2, tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_bit_equal(tmp_path, family):
+    torch.manual_seed(0)
+    FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    there = convert(tmp_path / "hf", tmp_path / "native", max_shard_size="4KB", workers=2, progress=False)
+    assert (there.kind, there.verified) == ("native", True)
+    assert there.files > 2
+    convert(tmp_path / "native", tmp_path / "back", progress=False)
+    assert compare(tmp_path / "hf", tmp_path / "back") == []
+    assert compare(tmp_path / "hf", tmp_path / "native") == []
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_baichuan2_keeps_its_own_config(tmp_path):
+    torch.manual_seed(0)
+    config = BaichuanConfig(37, 16, 24, 2, 4, model_max_length=64)
+    original = BaichuanForCausalLM(config).to(torch.bfloat16)
+    (tmp_path / "hf").mkdir()
+    keys = config.to_dict() | {
+        "architectures": ["BaichuanForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+        "torch_dtype": "bfloat16",
+        "z_loss_weight": 0,
+    }
+    (tmp_path / "hf/config.json").write_text(json.dumps(keys))
+    (tmp_path / "hf/modeling_baichuan.py").write_text("# the published code\n")
+    save_file(dict(original.state_dict()), tmp_path / "hf/model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "native", progress=False)
+    convert(tmp_path / "native", tmp_path / "back", progress=False)
+    written = load_file(tmp_path / "back/model.safetensors")
+    assert written.keys() == original.state_dict().keys()
+    assert all(bit_equal(tensor, written[name]) for name, tensor in original.state_dict().items())
+    assert json.loads((tmp_path / "back/config.json").read_text()) == keys
+    assert (tmp_path / "back/modeling_baichuan.py").is_file()
+
+
+def test_torch_reads_what_is_written_as_native(tmp_path, source):
+    convert(source, tmp_path / "native", progress=False)
+    reader = HFReader(source)
+    state = {rule.native: torch.empty(rule.native_shape, dtype=torch.bfloat16) for rule in reader.rules}
+    dcp.load(state, checkpoint_id=tmp_path / "native", no_dist=True)
+    assert all(bit_equal(state[rule.native], rule.slice(reader.read, 0, 1)) for rule in reader.rules)
+
+
+def test_another_shard_size_and_dtype_of_the_same_form(tmp_path, source):
+    report = convert(
+        source, tmp_path / "dst", to="hf", dtype="float32", max_shard_size="4KB", workers=2, progress=False
+    )
+    assert report.files > 2
+    written, original = HFReader(tmp_path / "dst"), HFReader(source)
+    for rule in original.rules:
+        for name in rule.hf:
+            assert bit_equal(written.read(name), original.read(name).float())
+
+
+def test_what_was_cut_off_goes_on(tmp_path, source, monkeypatch):
+    """The second run writes only what the first has not finished, and the result is the same."""
+    written = []
+    whole = NativeTarget.write
+
+    def dies_at_the_third(self, file, tensors):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file)
+        return whole(self, file, tensors)
+
+    monkeypatch.setattr(NativeTarget, "write", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False)
+    assert not (tmp_path / "dst").exists()
+    monkeypatch.setattr(NativeTarget, "write", whole)
+    report = convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False)
+    assert report.resumed == 2
+    assert compare(source, tmp_path / "dst") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
+
+
+def test_other_options_do_not_go_on_with_old_files(tmp_path, source, monkeypatch):
+    whole = NativeTarget.finish
+    monkeypatch.setattr(NativeTarget, "finish", lambda self: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", progress=False)
+    monkeypatch.setattr(NativeTarget, "finish", whole)
+    assert convert(source, tmp_path / "dst", dtype="float32", progress=False).resumed == 0
+
+
+def test_too_little_room_is_told_before_writing(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(WeightsError, match=r"[\d,]{5,} bytes are needed and 1,000 are free"):
+        convert(source, tmp_path / "dst", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_value_that_is_not_finite_is_named(tmp_path, value):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(WeightsError, match=r"layers.1.mlp.linear_fc2.weight: holds NaN or Inf"):
+        convert(tmp_path / "hf", tmp_path / "dst", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_mixed_dtypes_need_a_choice(tmp_path, source):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    shutil.copytree(source, tmp_path / "hf")
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(WeightsError, match=r"several dtypes: .*norm.weight is torch.float32.*--dtype"):
+        convert(tmp_path / "hf", tmp_path / "dst", progress=False)
+    convert(tmp_path / "hf", tmp_path / "dst", dtype="bfloat16", progress=False)
+    assert compare(source, tmp_path / "dst") == []
+
+
+def test_two_conversions_do_not_meet(tmp_path, source):
+    busy = writing._unfinished(tmp_path / "dst", {})
+    with busy, pytest.raises(WeightsError, match="another conversion is writing it"):
+        convert(source, tmp_path / "dst", progress=False)
+
+
+def test_converting_and_merging_import_no_megatron():
+    modules = "paralign.engine.convert, paralign.engine.merge, paralign.engine.rule_table"
+    code = f"import sys, {modules}; assert not [n for n in sys.modules if 'megatron' in n]"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +344,19 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(WeightsError, match="max_shard_size: read"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [(None, [2, 7]), ({"eos_token_id": [2, 7], "top_p": 0.9}, [2, 7]), ({"eos_token_id": 5}, [5, 7])],
+)
+def test_generation_stops_where_training_did(
+    tmp_path: Path, generation: dict[str, object] | None, expected: list[int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "torch_dtype": "float32"}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    copy_assets(Assets(tmp_path, tmp_path, stop_token=7), tmp_path / "dst", dtype="float32")
+    written = json.loads((tmp_path / "dst/generation_config.json").read_text())
+    assert written["eos_token_id"] == expected
+    assert written == (generation or {}) | {"eos_token_id": expected}

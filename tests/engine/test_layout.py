@@ -57,11 +57,16 @@ def test_a_layout_that_fits() -> None:
     [
         (layout_config(8, 4), {"gpus": 48}, "tp 8 × pp 4 = 32 does not divide 48 GPUs; 32 or 64 would"),
         (layout_config(8, 4), {"gpus": 8}, "tp 8 × pp 4 = 32 does not divide 8 GPUs; 32 would"),
-        (layout_config(16), {"gpus": 16}, "tp 16 does not divide 8 KV groups; 1, 2, 4 or 8 would"),
+        (
+            layout_config(128),
+            {"gpus": 128, "batch": 128},
+            "tp 128 does not divide 64 attention heads; 1, 2, 4, 8, 16, 32 or 64 would",
+        ),
         (
             layout_config(3),
             {"gpus": 3},
-            "tp 3 does not divide 64 attention heads and 8 KV groups and an FFN of 28672; 1, 2, 4 or 8 would",
+            "tp 3 does not divide 64 attention heads and 8 KV groups, nor they it, and an FFN of 28672; "
+            "1, 2, 4, 8, 16, 32 or 64 would",
         ),
         (
             layout_config(4, sequence_parallel=True),
@@ -116,7 +121,7 @@ def test_what_does_not_fit_is_told_with_what_would(
 
 def test_every_problem_is_told() -> None:
     with pytest.raises(LayoutError) as raised:
-        resolved(layout_config(16, 3), gpus=50)
+        resolved(layout_config(24, 3), gpus=50)
     assert len(str(raised.value).split("\n")) == 3
 
 

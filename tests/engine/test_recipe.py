@@ -104,7 +104,17 @@ def test_the_tokenizer_is_the_models_unless_given(project: Path) -> None:
         (["model.recompute_num_layers=1"], "need recompute_granularity"),
         (["checkpoint.max_shard_size=5"], "max_shard_size=5: read 5; expected text"),
         (["checkpoint.max_shard_size=5 GB"], "expected text that matches"),
-        (["objective=dpo"], 'command line: objective=dpo: read "dpo"; expected sft'),
+        (
+            ["objective=dop"],
+            'objective.name: read "dop"; expected sft, reward, dpo, kto, simpo or orpo; did you',
+        ),
+        (["objective=dpo"], "objective=dpo objective.beta: missing: how strongly the policy is held"),
+        (["objective={name: dpo, bta: 1}"], "objective.bta: unknown key; did you mean beta?"),
+        (["objective={name: dpo, beta: 1, loss_type: hing}"], "objective.loss_type: read"),
+        (
+            ["objective={name: simpo, beta: 1, gamma: 1}", "data.too_long=truncate"],
+            "data.too_long: truncate is not for answers",
+        ),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from paralign.models import arch_from_hf, parameter_count
 from paralign.models.arch import RopeScaling
@@ -128,10 +128,33 @@ def test_what_we_would_compute_differently_is_refused(change, words):
         arch_from_hf(LLAMA | change)
 
 
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("change", [{"use_sliding_window": True}, {"layer_types": ["sliding_attention"]}])
-def test_sliding_windows_are_refused(change):
+def test_sliding_windows_are_refused(change, family):
     with pytest.raises(WeightsError, match=next(iter(change))):
-        arch_from_hf(QWEN2 | change)
+        arch_from_hf(QWEN2 | {"architectures": [family]} | change)
+
+
+def test_baichuan2_has_rotary_positions_or_alibi():
+    """As published: both sizes have one class name, and the 13B no max_position_embeddings."""
+    common = {"architectures": ["BaichuanForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    common |= {"vocab_size": 125696, "model_max_length": 4096, "tie_word_embeddings": False}
+    small = arch_from_hf(
+        common
+        | {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+        | {"num_hidden_layers": 32, "max_position_embeddings": 4096}
+    )
+    large = common | {"hidden_size": 5120, "intermediate_size": 13696, "num_attention_heads": 40}
+    large |= {"num_hidden_layers": 40}
+    assert (small.alibi, arch_from_hf(large).alibi) == (False, True)
+    assert small.normalised_head
+    assert parameter_count(small) == 7_505_973_248
+    assert parameter_count(arch_from_hf(large)) == 13_896_668_160
+    assert arch_from_hf(large).max_position_embeddings == 4096
+    with pytest.raises(WeightsError, match="first generation, which has no normalised head"):
+        arch_from_hf(large | {"vocab_size": 64000})
+    with pytest.raises(WeightsError, match="absent, and model_max_length too"):
+        arch_from_hf({key: value for key, value in large.items() if key != "model_max_length"})
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,8 @@ def test_sliding_windows_are_refused(change):
         LlamaConfig(**SMALL, head_dim=10, tie_word_embeddings=True),
         Qwen2Config(**SMALL),
         Qwen2Config(**SMALL, tie_word_embeddings=True),
+        Qwen3Config(**SMALL),
+        Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True),
         LLAMA_8B,
         LLAMA_70B,
         QWEN2_72B,

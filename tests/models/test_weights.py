@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from paralign.models import FAMILIES, parameter_count, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule, StackQKV, bit_equal
+from paralign.models.weights import Rule, SplitPackedQKV, StackQKV, bit_equal
 
 
 def arch(family="qwen2", groups=8, heads_per_group=2, head_dim=4, hidden=24, ffn=16, vocab=37, tied=False):
+    """8 groups of 2 heads; every family's own tensors."""
     return Arch(
         family=family,
         num_layers=2,
@@ -30,6 +31,9 @@ def arch(family="qwen2", groups=8, heads_per_group=2, head_dim=4, hidden=24, ffn
         qkv_bias=family == "qwen2",
         max_position_embeddings=64,
         dtype="bfloat16",
+        qk_norm=family == "qwen3",
+        alibi=family == "baichuan",
+        normalised_head=family == "baichuan",
     )
 
 
@@ -50,9 +54,9 @@ def random_weights(rules, dtype, seed):
     family=st.sampled_from(sorted(FAMILIES)),
     tied=st.booleans(),
     tp=st.sampled_from([1, 2, 4, 8]),
-    groups=st.sampled_from([8, 16]),
-    heads_per_group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 4]),
+    groups=st.sampled_from([1, 2, 8, 16]),
+    heads_per_group=st.sampled_from([8, 16]),
+    head_dim=st.sampled_from([4, 8]),
     hidden=st.integers(1, 9),
     vocab=st.integers(1, 40),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
@@ -86,10 +90,28 @@ def test_every_element_has_one_place(tp):
 def test_qkv_is_grouped_by_key_head():
     """A rank's rows are what a model with its groups alone would hold: q heads, k, v of each group."""
     q, k, v = torch.arange(8).view(8, 1), torch.arange(8, 12).view(4, 1), torch.arange(12, 16).view(4, 1)
-    rule = StackQKV("qkv", ("q", "k", "v"), ((8, 1), (4, 1), (4, 1)), split=0, num_query_groups=2)
+    shapes = ((8, 1), (4, 1), (4, 1))
+    rule = StackQKV("qkv", ("q", "k", "v"), shapes, split=0, num_query_heads=4, num_query_groups=2)
     read = {"q": q, "k": k, "v": v}.__getitem__
     assert rule.slice(read, 0, 1).flatten().tolist() == [0, 1, 2, 3, 8, 9, 12, 13, 4, 5, 6, 7, 10, 11, 14, 15]
     assert rule.slice(read, 1, 2).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+
+
+def test_w_pack_is_the_same_rows_from_one_tensor():
+    packed = torch.arange(16).view(16, 1)
+    rule = SplitPackedQKV("qkv", ("W",), ((16, 1),), split=0, num_query_heads=4, num_query_groups=2)
+    read = {"W": packed}.__getitem__
+    assert rule.slice(read, 0, 1).flatten().tolist() == [0, 1, 2, 3, 8, 9, 12, 13, 4, 5, 6, 7, 10, 11, 14, 15]
+    assert rule.slice(read, 1, 2).flatten().tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+
+
+def test_ranks_above_the_key_heads_share_the_rows_of_a_group():
+    q, k, v = torch.arange(8).view(8, 1), torch.arange(8, 12).view(4, 1), torch.arange(12, 16).view(4, 1)
+    shapes = ((8, 1), (4, 1), (4, 1))
+    rule = StackQKV("qkv", ("q", "k", "v"), shapes, split=0, num_query_heads=4, num_query_groups=2)
+    read = {"q": q, "k": k, "v": v}.__getitem__
+    shares = [rule.slice(read, rank, 4).flatten().tolist() for rank in range(4)]
+    assert shares == [[0, 1, 2, 3], [8, 9, 12, 13], [4, 5, 6, 7], [10, 11, 14, 15]]
 
 
 def test_each_rank_holds_its_gate_then_its_up():
@@ -153,16 +175,24 @@ def test_a_wrong_shape_is_named():
         rule.join([torch.zeros(19, 24), torch.zeros(18, 24)])
 
 
-def test_a_degree_above_the_key_heads_is_refused_with_what_fits():
+def test_a_degree_above_the_query_heads_is_refused_with_what_fits():
     for rule in rules_for(arch(groups=8)):
         if isinstance(rule, StackQKV):
             with pytest.raises(
-                WeightsError, match=r"linear_qkv.*8 query groups .*tp 16; tp 1, 2, 4, 8 would"
+                WeightsError, match=r"linear_qkv.*16 query heads in 8 groups .*tp 32; tp 1, 2, 4, 8, 16 would"
             ):
-                rule.pieces(0, 16)
+                rule.pieces(0, 32)
     gate_up = next(rule for rule in rules_for(arch(ffn=12)) if "linear_fc1" in rule.native)
     with pytest.raises(WeightsError, match="tp 8; tp 1, 2, 4 would do"):
         gate_up.shard_shape(8)
+
+
+def test_the_families_own_tensors():
+    natives = {family: {rule.native: rule for rule in rules_for(arch(family))} for family in FAMILIES}
+    layer = "decoder.layers.1.self_attention"
+    assert natives["qwen3"][f"{layer}.k_layernorm.weight"].hf == ("model.layers.1.self_attn.k_norm.weight",)
+    assert natives["baichuan"][f"{layer}.linear_qkv.weight"].hf == ("model.layers.1.self_attn.W_pack.weight",)
+    assert f"{layer}.linear_qkv.bias" not in natives["qwen3"]
 
 
 def test_copies_that_drifted_apart_are_refused():

@@ -11,8 +11,8 @@ import pytest
 
 from paralign.engine.data import cache as cache_module
 from paralign.engine.data import encode as encode_module
-from paralign.engine.data.cache import TokenCache, build_or_open, cache_directory
-from paralign.engine.data.config import DataConfig
+from paralign.engine.data.cache import TokenCache, build_or_open, cache_directory, stop_token
+from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
 from paralign.engine.data.render import Renderer, template_text
 from paralign.models.errors import DataError
@@ -46,6 +46,18 @@ def test_the_cache_holds_what_the_renderer_makes(tokenizer_dir: Path, write_json
     assert cache.max_token == cache.tokens.max()
 
 
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_the_stop_token_is_what_ends_answers(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, loss_on: str
+) -> None:
+    config = data_config(write_jsonl("a.jsonl", RECORDS), loss_on=loss_on, tokens_per_pack=512)
+    cache = build(config, tokenizer_dir)
+    stop = Renderer(tokenizer_dir, template_text("chatml"), "assistant").tokenizer.convert_tokens_to_ids(
+        "<|im_end|>"
+    )
+    assert stop_token(cache) == (None if loss_on == "all" else stop)
+
+
 def test_tokens_are_made_once_for_a_content_whatever_the_pack(
     tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
 ):
@@ -55,7 +67,7 @@ def test_tokens_are_made_once_for_a_content_whatever_the_pack(
     def refuse(*_: object) -> Iterator[None]:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(cache_module, "encode_files", refuse)
+    monkeypatch.setattr(cache_module, "encode_sources", refuse)
     moved = path.rename(path.with_name("moved.jsonl"))
     second = build(data_config(moved, tokens_per_pack=500, workers=3), tokenizer_dir)
     assert second.directory == first.directory
@@ -73,15 +85,21 @@ def test_whatever_changes_the_tokens_changes_the_key(
     settings = json.loads((other_tokenizer / "tokenizer_config.json").read_text())
     (other_tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|eot_id|>"}))
     config = data_config(path)
+    source = SourceConfig(path=path)
     keys = {
-        cache_directory(config, [path], tokenizer_dir),
-        cache_directory(config, [other_file], tokenizer_dir),
-        cache_directory(config, [path, other_file], tokenizer_dir),
-        cache_directory(config, [path], other_tokenizer),
-        cache_directory(data_config(path, loss_on="all"), [path], tokenizer_dir),
-        cache_directory(data_config(path, chat_template="llama3"), [path], tokenizer_dir),
+        cache_directory(config, [source], tokenizer_dir),
+        cache_directory(config, [SourceConfig(path=other_file)], tokenizer_dir),
+        cache_directory(config, [source, SourceConfig(path=other_file)], tokenizer_dir),
+        cache_directory(config, [SourceConfig(path=path, columns={"messages": "chat"})], tokenizer_dir),
+        cache_directory(config, [SourceConfig(path=path, format="messages")], tokenizer_dir),
+        cache_directory(config, [source], other_tokenizer),
+        cache_directory(data_config(path, loss_on="all"), [source], tokenizer_dir),
+        cache_directory(data_config(path, bad_record="skip"), [source], tokenizer_dir),
+        cache_directory(data_config(path, chat_template="llama3"), [source], tokenizer_dir),
     }
-    assert len(keys) == 6
+    assert len(keys) == 9
+    weighted = SourceConfig(path=path, name="other", weight=0.5)
+    assert cache_directory(config, [weighted], tokenizer_dir) in keys
 
 
 def test_a_sample_longer_than_a_pack_is_refused_dropped_or_cut(
@@ -122,9 +140,10 @@ def test_a_sample_with_nothing_to_learn_is_refused_or_left_out(
 def test_a_stop_token_that_is_never_learned_is_an_error(
     tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
 ):
-    unstoppable = (template_text("chatml") or "").replace(
-        " + '<|im_end|>' }}\n        {%- end", " }}\n{%- end"
-    )
+    stop, end = "{{- '<|im_end|>' }}\n        ", "{%- endgeneration %}"
+    template = template_text("chatml") or ""
+    assert stop + end in template
+    unstoppable = template.replace(stop + end, end + stop)
     (tmp_path / "mine.jinja").write_text(unstoppable)
     config = data_config(write_jsonl("a.jsonl", RECORDS), chat_template=tmp_path / "mine.jinja")
     with pytest.raises(DataError, match="would never stop"):
@@ -189,7 +208,7 @@ def test_a_pickled_cache_is_the_way_to_open_it_again(
 def test_processes_give_the_same_samples_up_to_the_same_error(
     tokenizer_dir: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(encode_module, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 1000)
     path = write_jsonl(
         "a.jsonl", [chat("hello", f"{i} " * (i % 7 + 1)) for i in range(99)] + [{"messages": 1}]
     )
@@ -198,7 +217,9 @@ def test_processes_give_the_same_samples_up_to_the_same_error(
     def tokens_until_error(workers: int) -> list[list[int]]:
         found = []
         with pytest.raises(DataError, match=r"a.jsonl:100 messages: read 1"):  # noqa: PT012
-            for chunk in encode_module.encode_files([path], ["messages"], rendering, workers):
+            for chunk in encode_module.encode_sources(
+                [SourceConfig(path=path)], ["messages"], rendering, workers
+            ):
                 found.append(chunk.tokens.tolist())
         return found
 

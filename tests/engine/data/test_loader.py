@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from paralign.engine.batch import IGNORE, PackedBatch, Unit
+from paralign.engine.batch import IGNORE, Column, PackedBatch, Unit
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
-from paralign.engine.data.loader import TAIL_ROWS, PackLoader, pack_batch
+from paralign.engine.data.loader import NO_SOURCE, PackLoader, pack_batch
+from paralign.engine.data.pack import TAIL_ROWS
 
 from .conftest import chat
 
@@ -82,28 +83,28 @@ def test_the_tail_is_short_segments_without_loss(n_real: int):
 
 
 def test_samples_longer_than_the_pack_are_refused():
-    with pytest.raises(ValueError, match="samples of 6 tokens do not fit a pack of 5"):
+    with pytest.raises(ValueError, match="segments of 6 tokens do not fit a pack of 5"):
         pack_batch([(np.arange(3), np.ones(3))] * 2, 5, CPU)
 
 
 def test_an_epoch_takes_every_sample_once_and_the_next_one_in_another_order(cache: TokenCache):
     whole = loader(cache)
-    steps = whole.steps_per_epoch
+    steps = whole.epochs.first_step(1)
     orders = []
     for epoch in (0, 1):
         ids = [i for k in range(steps) for i in whole.step(epoch * steps + k).sample_ids]
         assert sorted(ids) == list(range(len(cache)))
         orders.append(ids)
     assert orders[0] != orders[1]
-    assert whole.locate(steps - 1) == (0, steps - 1)
-    assert whole.locate(steps) == (1, 0)
+    assert whole.epochs.locate(steps - 1) == (0, steps - 1)
+    assert whole.epochs.locate(steps) == (1, 0)
 
 
 @pytest.mark.parametrize(("dp_size", "multiple"), [(2, 1), (4, 1), (2, 2), (3, 2)])
 def test_any_layout_computes_the_same_samples_in_each_step(cache: TokenCache, dp_size: int, multiple: int):
     whole = loader(cache)
     ranks = [loader(cache, dp_rank, dp_size, multiple) for dp_rank in range(dp_size)]
-    for k in range(whole.steps_per_epoch):
+    for k in range(whole.epochs.first_step(1)):
         expected = whole.step(k)
         parts = [rank.step(k) for rank in ranks]
         assert all(part.sample_ids == expected.sample_ids for part in parts)
@@ -126,7 +127,7 @@ def test_counts_are_those_of_the_tensors(cache: TokenCache):
 
 
 def test_a_step_is_the_same_when_asked_for_again(cache: TokenCache):
-    steps = loader(cache).steps_per_epoch
+    steps = loader(cache).epochs.first_step(1)
     run = loader(cache)
     seen = [run.step(k) for k in range(steps + 2)]
     resumed = loader(cache).step(steps + 1)
@@ -138,7 +139,7 @@ def test_a_step_is_the_same_when_asked_for_again(cache: TokenCache):
 def test_evaluation_is_the_same_each_time(cache: TokenCache):
     whole = loader(cache)
     first = [step.sample_ids for step in whole.evaluation()]
-    whole.step(whole.steps_per_epoch)
+    whole.step(whole.epochs.first_step(1))
     assert [step.sample_ids for step in whole.evaluation()] == first
     assert sorted(i for ids in first for i in ids) == list(range(len(cache)))
 
@@ -157,3 +158,24 @@ def test_the_fingerprint_is_that_of_the_samples_not_of_the_layout(cache: TokenCa
 
     assert fingerprint() == fingerprint(dp_size=2)
     assert len({fingerprint(), fingerprint(seed=1), fingerprint(global_batch_size=8)}) == 3
+
+
+def test_a_segment_knows_its_source_where_there_are_several(
+    tokenizer_dir: Path, write_jsonl: Callable[..., Path], data_config: Callable[..., DataConfig]
+):
+    paths = [write_jsonl(f"{name}.jsonl", [chat("hello", f"{name} " * 3)] * 9) for name in ("a", "b")]
+    config = data_config(Path(), train=paths)
+    several = build_or_open(config, config.train, tokenizer_dir, progress=False)
+    found = []
+    for batch in loader(several).step(0).micro_batches:
+        sources = batch.columns[Column.SOURCE].tolist()
+        assert len(sources) == len(batch.segments.bounds)
+        for source, (start, end, _, _) in zip(sources, batch.segments.bounds):
+            assert (source == NO_SOURCE) == (end > batch.segments.n_real)
+            found.append((source, tuple(batch.tokens_T[start:end].tolist())))
+    texts = {source: {tokens for s, tokens in found if s == source} for source in (0, 1)}
+    assert all(len(tokens) == 1 for tokens in texts.values())
+    assert texts[0] != texts[1]
+
+    alone = build_or_open(config, config.train[:1], tokenizer_dir, progress=False)
+    assert Column.SOURCE not in loader(alone).step(0).micro_batches[0].columns

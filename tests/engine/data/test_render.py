@@ -100,6 +100,85 @@ def test_a_template_that_changes_earlier_turns_is_an_error_where_they_are_learne
     assert learned_text(renderer, renderer(conversation(*TURNS))) == TURNS[-1] + "<|im_end|>"
 
 
+def test_a_marked_template_that_changes_earlier_turns_is_an_error_too(tokenizer_dir: Path):
+    content = "{{- message.content if loop.last or message.role == 'user' else 'gone' }}"
+    assert content in FORGETFUL
+    marked = FORGETFUL.replace(content, "{%- generation -%}" + content + "{%- endgeneration -%}")
+    with pytest.raises(DataError, match=r"the chat template changes earlier turns.*messages\[1\]"):
+        Renderer(tokenizer_dir, marked, "assistant")(conversation(*TURNS))
+    assert Renderer(tokenizer_dir, marked, "last")(conversation(*TURNS)).learned.any()
+
+
+def test_an_answer_that_the_template_forgets_to_mark_is_an_error(tokenizer_dir: Path):
+    template = (template_text("chatml") or "").replace(
+        "message.role == 'assistant' %}", "message.role == 'assistant' and loop.first %}"
+    )
+    with pytest.raises(DataError, match=r"the chat template marks nothing of messages\[1\]"):
+        Renderer(tokenizer_dir, template, "assistant")(conversation(*TURNS))
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["generation", "prefixes"])
+def test_only_the_completion_of_a_prompt_is_learned(tokenizer_dir: Path, marked: bool):
+    template = template_text("chatml") or ""
+    renderer = Renderer(tokenizer_dir, template if marked else without_marks(template), "assistant")
+    messages = chat(*TURNS)["messages"]
+    assert isinstance(messages, list)
+    record = {"prompt": messages[:3], "completion": messages[3:]}
+    sample = renderer(read_record(record, "prompt_completion", "x"))
+    assert learned_text(renderer, sample) == TURNS[-1] + "<|im_end|>"
+    assert np.array_equal(sample.tokens, renderer(conversation(*TURNS)).tokens)
+
+
+CALLING = {
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "greet", "arguments": {"to": "é"}}]},
+        {"role": "tool", "content": "done"},
+        {"role": "assistant", "content": "fine"},
+    ],
+    "tools": [{"name": "greet", "parameters": {}}],
+}
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["generation", "prefixes"])
+def test_tool_calls_are_learned_and_definitions_and_answers_are_not(tokenizer_dir: Path, marked: bool):
+    template = template_text("chatml") or ""
+    renderer = Renderer(tokenizer_dir, template if marked else without_marks(template), "assistant")
+    sample = renderer(read_record(CALLING, "messages", "x"))
+    call = '<tool_call>\n{"name": "greet", "arguments": {"to": "é"}}\n</tool_call><|im_end|>'
+    assert learned_text(renderer, sample) == call + "fine<|im_end|>"
+    text = renderer.tokenizer.decode(sample.tokens)
+    assert text.startswith("<|im_start|>system\nBe short.\n\n")
+    assert '{"type": "function", "function": {"name": "greet", "parameters": {}}}' in text
+    assert text.count("<|im_start|>system") == 1
+
+
+def test_a_template_that_drops_tools_is_an_error(tokenizer_dir: Path):
+    with pytest.raises(DataError, match=r"x: the chat template leaves out the tool greet"):
+        Renderer(tokenizer_dir, template_text("llama3"), "assistant")(read_record(CALLING, "messages", "x"))
+
+
+def test_a_pad_token_equal_to_eos_does_not_hide_the_stop(tokenizer_dir: Path, tmp_path: Path):
+    same = tmp_path / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(same)
+    renderer = Renderer(same, template_text("chatml"), "assistant")
+    sample = renderer(conversation("hello", "fine"))
+    assert renderer.tokenizer.pad_token_id == sample.tokens[sample.learned][-1]
+    assert renderer.learns_to_stop(sample)
+
+
+def test_pieces_are_the_text_token_by_token(tokenizer_dir: Path):
+    renderer = Renderer(tokenizer_dir, template_text("chatml"), "assistant")
+    sample = renderer(conversation("hello", "日本 é"))  # characters of several tokens
+    pieces = renderer.pieces(sample)
+    assert "".join(text for text, _ in pieces) == renderer.tokenizer.decode(sample.tokens)
+    assert "".join(text for text, learned in pieces if learned) == "日本 é<|im_end|>"
+    assert len(pieces) < len(sample.tokens)
+
+
 def test_what_the_template_refuses_is_an_error_with_its_words(tokenizer_dir: Path):
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(

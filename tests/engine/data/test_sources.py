@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from paralign.engine.data.config import SourceConfig
 from paralign.engine.data.sources import decode, read_records, record_format
 from paralign.models.errors import DataError
 
@@ -39,7 +40,7 @@ def test_a_list_gives_the_line_each_record_begins_at(tmp_path: Path, bom: bytes)
         (b"[1]\n[2]", ":2: Extra data after the list at column 1"),
         (b'{"a": 1}\n{"a": "\xff"}', ":2: byte 0xff is not UTF-8"),
         (b'[1,\n\n"\xff"]', ":3: byte 0xff is not UTF-8"),
-        (b" \n", ": no record; expected a JSON list or one JSON object per line"),
+        (b" \n", ": no record; expected a JSON list, one JSON object per line, or rows of a table"),
         (b"[ ]", ": no record"),
     ],
 )
@@ -59,5 +60,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_the_format_is_that_of_the_first_record_unless_stated(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n')
-    assert record_format(path, "auto") == "alpaca"
-    assert record_format(path, "messages") == "messages"
+    assert record_format(SourceConfig(path=path)) == "alpaca"
+    assert record_format(SourceConfig(path=path, format="messages")) == "messages"
+    renamed = SourceConfig(path=path, columns={"prompt": "instruction", "completion": "output"})
+    assert record_format(renamed) == "prompt_completion"

@@ -1,0 +1,178 @@
+"""A model on disk, whichever way it is kept: one rule's tensors at a time. Owns no file format.
+
+A directory with `.metadata` is a native checkpoint, whose config and tokenizer are in `hf/`; any other is a
+Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paralign.models import rules_for
+from paralign.models.arch import Arch
+from paralign.models.errors import CheckpointError, WeightsError
+from paralign.models.weights import Rule, Vocabulary
+
+from .dcpfile import METADATA, CheckpointFiles
+from .hf import HFReader, arch_of, is_native
+
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+
+
+class ModelSource(Protocol):
+    """The tensors of a model.
+
+    Attributes:
+        assets: the folder with config and tokenizer.
+        files: those with the weights.
+        arch, rules: from its config.
+        kind: `hf` or `native`.
+    """
+
+    directory: Path
+    assets: Path
+    files: list[Path]
+    arch: Arch
+    rules: tuple[Rule, ...]
+    kind: str
+
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all the tensors; raises if there are several."""
+
+    def stored(self, rule: Rule) -> dict[str, Tensor]:
+        """A rule's tensors under the names that they have on disk, without vocabulary padding."""
+
+    def tensors(self, rule: Rule) -> dict[str, Tensor]:
+        """A rule's tensors by Hugging Face name; read-only, they may be the file itself."""
+
+    def native(self, rule: Rule) -> Tensor:
+        """The whole native tensor of a rule; read-only, it may be the file itself."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by Hugging Face name: what `Rule.slice` asks for."""
+
+    def release(self) -> None:
+        """Drops the pages of the files that reading has brought into memory."""
+
+
+class HFSource:
+    """A Hugging Face directory. Raises WeightsError as `HFReader` does."""
+
+    kind = "hf"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = self.assets = directory
+        self._reader = HFReader(directory)
+        self.files = self._reader.files
+        self.arch, self.rules = self._reader.arch, self._reader.rules
+        self.read = self._reader.read
+        self.release = self._reader.release
+
+    def dtype(self) -> torch.dtype:
+        return _only(
+            {self.read(name).dtype: name for rule in self.rules for name in rule.hf},
+            self.directory,
+            WeightsError,
+        )
+
+    def stored(self, rule: Rule) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in rule.hf}
+
+    tensors = stored
+
+    def native(self, rule: Rule) -> Tensor:
+        return rule.whole(self.read)
+
+
+class NativeSource:
+    """A native checkpoint, of a run or of `convert`.
+
+    Raises:
+        CheckpointError: not finished; a tensor is missing, unknown, or of another shape than its config says.
+    """
+
+    kind = "native"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.assets = directory, directory / "hf"
+        for needed in (METADATA, "hf/config.json"):
+            if not (directory / needed).is_file():
+                inside = sorted(path.name for path in directory.glob("iter_*"))
+                remedy = f"give {directory / inside[-1]}" if inside else "did the save finish?"
+                raise CheckpointError(f"{directory}: not a checkpoint, {needed} is missing; {remedy}")
+        self.arch = arch_of(self.assets)
+        self.rules = rules_for(self.arch)
+        self._checkpoint = CheckpointFiles(directory)
+        self.files = self._checkpoint.files
+        self._rule_of = {name: rule for rule in self.rules for name in rule.hf}
+        self._last: tuple[str, Mapping[str, Tensor]] = ("", {})
+        self._check()
+
+    def _check(self) -> None:
+        stored = self._checkpoint.stored
+        expected = {rule.native: rule for rule in self.rules}
+        for name, rule in expected.items():
+            if name not in stored:
+                raise CheckpointError(f"{self.directory}: lacks {name}, which hf/config.json calls for")
+            found, shape = tuple(stored[name].size), rule.native_shape
+            padded = isinstance(rule, Vocabulary) and found[0] > shape[0] and found[1:] == shape[1:]
+            if found != shape and not padded:
+                raise CheckpointError(
+                    f"{self.directory}: {name}: found shape {found}, hf/config.json calls for {shape}"
+                )
+        for name in stored:
+            if name.startswith(MODEL_PREFIXES) and name not in expected:
+                raise CheckpointError(
+                    f"{self.directory}: holds {name}, which hf/config.json does not call for"
+                )
+
+    def dtype(self) -> torch.dtype:
+        stored = self._checkpoint.stored
+        return _only(
+            {stored[rule.native].properties.dtype: rule.native for rule in self.rules},
+            self.directory,
+            CheckpointError,
+        )
+
+    def native(self, rule: Rule) -> Tensor:
+        return self._checkpoint.read(rule.native).narrow(0, 0, rule.native_shape[0])
+
+    def stored(self, rule: Rule) -> dict[str, Tensor]:
+        return {rule.native: self.native(rule)}
+
+    def tensors(self, rule: Rule) -> dict[str, Tensor]:
+        return rule.join([self.native(rule)])
+
+    def read(self, name: str) -> Tensor:
+        rule = self._rule_of[name]
+        native, tensors = self._last
+        if native != rule.native:  # q, k and v are asked for one after another
+            tensors = self.tensors(rule)
+            self._last = rule.native, tensors
+        return tensors[name]
+
+    def release(self) -> None:
+        self._last = "", {}
+
+
+def open_source(directory: Path) -> ModelSource:
+    """The model in a directory.
+
+    Raises:
+        WeightsError, CheckpointError: it cannot be read as stated.
+    """
+    if is_native(directory) or sorted(directory.glob("iter_*")):
+        return NativeSource(directory)
+    return HFSource(directory)
+
+
+def _only(dtypes: Mapping[torch.dtype, str], directory: Path, error: type[Exception]) -> torch.dtype:
+    if len(dtypes) > 1:
+        examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise error(f"{directory}: its weights are of several dtypes: {examples}; choose one with --dtype")
+    return next(iter(dtypes))

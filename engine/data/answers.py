@@ -1,0 +1,103 @@
+"""Prompts with their answers, and how many rows they take in a pack. Owns no tensor; pairs.py makes the packs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..batch import Column, Head
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt.
+
+    Attributes:
+        tokens: (L,), of any integer type, what follows the prompt.
+        learned: (L,), 1 where the token's log-probability counts.
+        id: of the answer in its data set.
+        desirable: its label, where answers have one.
+        score: absolute and normalised; NaN where there is none.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    id: int
+    desirable: bool = False
+    score: float = math.nan
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt, (L,) tokens, at least one, and its answers; in a pair the first is chosen over the second."""
+
+    prompt: np.ndarray
+    answers: tuple[Answer, ...]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnswerLayout:
+    """How groups are laid out in a pack, and what their packs carry.
+
+    Attributes:
+        needs: columns of the objective.
+        head: a scalar head is read at the last row of each answer and needs no labels.
+        share_prefix: the prompt is computed once for all its answers.
+    """
+
+    needs: Set[Column]
+    head: Head
+    share_prefix: bool
+
+    @property
+    def labels_prompts(self) -> bool:
+        """Whether the prompt of a chosen answer is learned too."""
+        return Column.IN_ANSWER in self.needs
+
+    def rows(self, prompt_length: np.ndarray, n_answers: np.ndarray, answer_tokens: np.ndarray) -> np.ndarray:
+        """Rows of each group: its prompt's length, its answers, the tokens of all of them; int64."""
+        if self.share_prefix:
+            return (
+                prompt_length + answer_tokens + n_answers - 1
+            )  # later answers repeat the prompt's last token
+        return prompt_length * n_answers + answer_tokens
+
+
+def counted_tokens(group: Group, layout: AnswerLayout) -> int:
+    """Tokens of the chosen answer that a likelihood is averaged over: the first answer's, and the prompt's."""
+    if layout.labels_prompts:
+        return len(group.prompt) + len(group.answers[0].tokens) - 1
+    return int(np.count_nonzero(group.answers[0].learned))
+
+
+def mismatch(groups: Sequence[Group], tokens_per_pack: int, layout: AnswerLayout) -> list[Group]:
+    """The prompts of a step, each followed by as many answers of the group before it (the last before the first).
+
+    An answer keeps the id of the one whose place it takes. What does not fit a pack is cut.
+    """
+    made = []
+    for group, previous in zip(groups, [*groups[-1:], *groups[:-1]]):
+        n_others = len(previous.answers)
+        answers = [
+            replace(previous.answers[k % n_others], id=answer.id) for k, answer in enumerate(group.answers)
+        ]
+        whole = Group(group.prompt, tuple(answers))
+        if rows_of(whole, layout) <= tokens_per_pack:
+            made.append(whole)
+            continue
+        room = tokens_per_pack - len(group.prompt)
+        made += [
+            Group(group.prompt, (replace(a, tokens=a.tokens[:room], learned=a.learned[:room]),))
+            for a in answers
+        ]
+    return made
+
+
+def rows_of(group: Group, layout: AnswerLayout) -> int:
+    """Rows that a group takes in a pack."""
+    n_tokens = sum(len(answer.tokens) for answer in group.answers)
+    return int(layout.rows(np.array(len(group.prompt)), np.array(len(group.answers)), np.array(n_tokens)))

@@ -1,0 +1,98 @@
+"""Rows of Parquet files and of saved `datasets` folders. Owns Arrow, not what rows mean.
+
+A folder is one that `Dataset.save_to_disk` wrote: state.json and Arrow files. pyarrow alone reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paralign.models.errors import DataError
+
+from .record import Record
+
+if TYPE_CHECKING:  # a recipe of JSON files must not wait for pyarrow
+    import pyarrow as pa
+
+ROWS_PER_BATCH = 1000
+
+
+def is_table(path: Path) -> bool:
+    """Whether `path` is read as a table."""
+    return path.is_dir() or path.suffix == ".parquet"
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The Arrow files of a saved data set, in order; DataError if the folder holds none."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        raise DataError(
+            f"{folder}: holds a data set of several splits ({splits}); name one, such as {folder}/train"
+        )
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder / file["filename"] for file in state["_data_files"]]
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: a folder without state.json; expected one that Dataset.save_to_disk wrote, or a file"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}/state.json: not that of a saved data set ({error}); save it again"
+        ) from None
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file, and {folder}/state.json names it; copy it again")
+    return files
+
+
+def table_records(path: Path) -> Iterator[Record]:
+    """The rows, numbered from 1.
+
+    Arrow gives every struct the keys of all, null where a row has none: null keys inside a row are left out.
+
+    Raises:
+        DataError: no such file; not a table.
+    """
+    import pyarrow as pa
+
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    row_number = 0
+    try:
+        for batch, n_bytes in _folder_batches(path) if path.is_dir() else _parquet_batches(path):
+            for row in batch.to_pylist():
+                row_number += 1
+                content = {key: _without_null(value) for key, value in row.items()}
+                yield Record(row_number, content, n_bytes // batch.num_rows)
+    except (pa.ArrowException, OSError) as error:
+        kind = "a saved data set" if path.is_dir() else "a Parquet file"
+        found = str(error).splitlines()[0]
+        raise DataError(f"{path}: not {kind} that can be read ({found}); write it again") from None
+
+
+def _folder_batches(folder: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+    import pyarrow as pa
+
+    for file in table_files(folder):
+        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+            for batch in stream:
+                yield batch, batch.nbytes
+
+
+def _parquet_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
+        for batch in file.iter_batches(ROWS_PER_BATCH):
+            yield batch, round(batch.num_rows * bytes_per_row)
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

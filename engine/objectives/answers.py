@@ -1,0 +1,82 @@
+"""What the objectives over answers share: sums over segments, pairs, metrics. Owns no loss.
+
+Shape suffixes: T rows of a pack, R rows with a loss, S segments, P pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch import Column, PackedBatch
+
+
+class PairValues(NamedTuple):
+    """One number for the chosen and for the rejected answer of each pair, (P,) each."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+def answer_logprob(out_T: Tensor, batch: PackedBatch) -> Tensor:
+    """Float64 (S,): log p(answer | prompt) of each segment, 0 in the tail.
+
+    In float64, because losses are made of small differences of these sums over thousands of tokens.
+    """
+    logprob_R = out_T.index_select(0, batch.loss_rows).double()
+    if Column.IN_ANSWER in batch.columns:  # prompts have labels too
+        logprob_R = torch.where(batch.columns[Column.IN_ANSWER], logprob_R, 0.0)
+    return segment_sums(logprob_R, batch)
+
+
+def answer_length(batch: PackedBatch) -> Tensor:
+    """Float64 (S,): learned tokens of each segment's answer, at least 1, so that it can be divided by."""
+    ones_R = torch.ones_like(batch.loss_rows, dtype=torch.float64)
+    if Column.IN_ANSWER in batch.columns:
+        ones_R = batch.columns[Column.IN_ANSWER].double()
+    return segment_sums(ones_R, batch).clamp(min=1.0)
+
+
+def segment_sums(values_R: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,): the values of each segment's loss rows added up."""
+    bounds = batch.segments.cu_seqlens_q
+    segment_R = torch.searchsorted(bounds, batch.loss_rows.to(bounds.dtype), right=True) - 1
+    return values_R.new_zeros(bounds.shape[0] - 1).index_add(0, segment_R, values_R)
+
+
+def of_pairs(values_S: Tensor, batch: PackedBatch) -> PairValues:
+    """The values of the pairs' segments."""
+    chosen, rejected = batch.columns[Column.PAIR].unbind(1)
+    return PairValues(values_S.index_select(0, chosen), values_S.index_select(0, rejected))
+
+
+def metric_rows(*values: Tensor) -> Tensor:
+    """Float64 (M, 2), detached: sum and number of elements of each."""
+    rows = [
+        torch.stack((value.detach().double().sum(), value.new_tensor(value.numel()).double()))
+        for value in values
+    ]
+    return torch.stack(rows)
+
+
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def pair_metrics(rewards: PairValues, logprobs: PairValues) -> tuple[Tensor, ...]:
+    """What PAIR_METRICS names, (P,) each; a tie of rewards is no success, as in TRL."""
+    return (
+        rewards.chosen,
+        rewards.rejected,
+        (rewards.chosen > rewards.rejected).double(),
+        rewards.chosen - rewards.rejected,
+        *logprobs,
+    )

@@ -1,0 +1,86 @@
+"""ORPO: likelihood of the chosen conversation and an odds ratio of the answers, without a reference model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from .answers import (
+    PAIR_METRICS,
+    PairValues,
+    answer_length,
+    answer_logprob,
+    metric_rows,
+    of_pairs,
+    pair_metrics,
+    segment_sums,
+)
+from .base import means
+from .sections import AnswerSection
+
+
+class ORPOConfig(AnswerSection):
+    """Odds-ratio preference optimisation (arXiv 2403.07691).
+
+    Attributes:
+        name: orpo.
+        beta: weight of the odds ratio, the paper's lambda.
+    """
+
+    name: Literal["orpo"]
+    beta: float = Field(gt=0)
+
+
+class ORPO:
+    """NLL of prompt and chosen answer per token, minus β log σ(log odds ratio) per pair.
+
+    The odds of an answer are p / (1 − p) with p = exp(mean log-probability of its tokens).
+    """
+
+    needs = frozenset({Column.PAIR, Column.IN_ANSWER})
+    head = Head.LM
+    metrics = (*PAIR_METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
+
+    def __init__(self, config: ORPOConfig) -> None:
+        self.config = config
+
+    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+        """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
+        logprob_R = out.index_select(0, batch.loss_rows).double()
+        likelihood = -of_pairs(segment_sums(logprob_R, batch), batch).chosen.sum()
+        n_tokens = of_pairs(segment_sums(torch.ones_like(logprob_R), batch), batch).chosen.sum()
+        per_token = of_pairs(answer_logprob(out, batch) / answer_length(batch), batch)
+        log_odds_P = (per_token.chosen - per_token.rejected) - (
+            _log1mexp(per_token.chosen) - _log1mexp(per_token.rejected)
+        )
+        ratio_P = F.logsigmoid(log_odds_P)
+        beta = self.config.beta
+        rewards = PairValues(beta * per_token.chosen, beta * per_token.rejected)
+        measured = metric_rows(*pair_metrics(rewards, per_token), ratio_P, log_odds_P)
+        n_shared = len(PAIR_METRICS)
+        nll_row = torch.stack((likelihood.detach(), n_tokens))[None]
+        return LossSum(
+            {Unit.TOKEN: likelihood.float(), Unit.PAIR: -beta * ratio_P.sum().float()},
+            torch.cat((measured[:n_shared], nll_row, measured[n_shared:])),
+        )
+
+    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
+        """TRL's names."""
+        return means(self.metrics, sums_M2)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) for x < 0, by whichever of two forms keeps its digits; finite for an answer of probability 1."""
+    x = x.clamp(max=-1e-12)
+    near_zero = x > -math.log(2)
+    # Each branch sees only arguments it is good for: a gradient of the unused one must not be NaN.
+    close = torch.log(-torch.expm1(torch.where(near_zero, x, -0.5)))
+    far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    return torch.where(near_zero, close, far)

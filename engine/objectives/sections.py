@@ -1,0 +1,31 @@
+"""Keys that the recipe sections of several objectives share. Owns no loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ..config import Section
+
+
+class AnswerSection(Section):
+    """An objective over answers to prompts.
+
+    Attributes:
+        share_prefix: computes a prompt once for all its answers; false repeats it, for comparison.
+    """
+
+    share_prefix: bool = True
+
+
+class ReferenceSection(AnswerSection):
+    """An objective that compares with a reference model.
+
+    Attributes:
+        share_prefix: computes a prompt once for all its answers; false repeats it, for comparison.
+        reference: `cached` computes its log-probabilities once, before training; `online` keeps the model.
+        reference_model: a Hugging Face directory; null is the model that training starts from.
+    """
+
+    reference: Literal["cached", "online"] = "cached"
+    reference_model: Path | None = None

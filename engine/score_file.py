@@ -1,0 +1,147 @@
+"""Rewards for a file of conversations: a reward model over every record, as JSONL. Owns no training.
+
+One process by itself, or the ranks of `torchrun -m paralign.engine.cli score …` at a layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paralign.models.errors import DataError, WeightsError
+
+from .batch import Head
+from .checkpoint.hf import HFReader
+from .data.answers import Answer, AnswerLayout, Group
+from .data.config import ChatTemplate, SourceConfig
+from .data.encode import Rendering, encode_record
+from .data.packing import plan_packs
+from .data.render import template_text
+from .data.sampler import assign
+from .data.sources import read_records, record_format
+from .launch import RankEnv
+from .layout import LayoutConfig, resolve
+from .model import ModelConfig
+
+PACKS_PER_RANK = 8  # between two reports of progress; the schedule needs a multiple of the stages
+
+
+def score_file(
+    model: Path,
+    data: Path,
+    output: Path,
+    *,
+    layout: LayoutConfig,
+    env: RankEnv,
+    dtype: str,
+    tokens_per_pack: int,
+    chat_template: ChatTemplate = "tokenizer",
+) -> int:
+    """Writes `{"line": …, "reward": …}` for each conversation of `data`, in order; returns how many there are.
+
+    Args:
+        model: a Hugging Face directory of a reward model.
+        data: conversations in any format that training reads.
+        env: this process among all ranks.
+
+    Raises:
+        WeightsError: not a reward model.
+        DataError: a record that cannot be read, or is longer than a pack.
+    """
+    reader = HFReader(model)
+    if not reader.arch.scalar_head:
+        raise WeightsError(
+            f"{model}: a language model; expected a reward model, such as objective reward exports"
+        )
+    lines, groups = _read(model, data, chat_template, tokens_per_pack)
+    values = _score(reader, groups, layout, env, dtype, tokens_per_pack)
+    if env.rank == 0:
+        partial = output.with_name(f".{output.name}.part")
+        with partial.open("w", encoding="utf-8") as file:
+            for line, value in zip(lines, values.tolist()):
+                file.write(json.dumps({"line": line, "reward": value}) + "\n")
+        os.replace(partial, output)
+    return len(groups)
+
+
+def _read(
+    model: Path, data: Path, chat_template: ChatTemplate, tokens_per_pack: int
+) -> tuple[list[int], list[Group]]:
+    """Each conversation as one answer to its first token: a reward is read at its end."""
+    source = SourceConfig(path=data, name=data.stem, format="auto")
+    renderer = Rendering(model, template_text(chat_template), "all").open()
+    stated = record_format(source)
+    lines: list[int] = []
+    groups: list[Group] = []
+    for record in read_records(data):
+        tokens = encode_record(record, source, stated, renderer).tokens
+        if not 2 <= len(tokens) <= tokens_per_pack:
+            raise DataError(
+                f"{data}:{record.line}: {len(tokens):,} tokens; expected 2 to tokens_per_pack {tokens_per_pack:,}"
+            )
+        learned = np.ones(len(tokens) - 1, dtype=bool)
+        groups.append(Group(tokens[:1], (Answer(tokens[1:], learned, id=len(groups)),)))
+        lines.append(record.line)
+    return lines, groups
+
+
+def _score(
+    reader: HFReader,
+    groups: list[Group],
+    config: LayoutConfig,
+    env: RankEnv,
+    dtype: str,
+    tokens_per_pack: int,
+) -> np.ndarray:
+    from .build import build_chunks, load_weights, transformer_config
+    from .data.pairs import pack_answers
+    from .kernels.parts import choose_parts
+    from .mesh import open_mesh, open_world
+    from .score import score_values
+
+    degrees = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
+    layout = resolve(
+        config,
+        reader.arch,
+        world_size=env.world_size,
+        global_batch_size=max(1, env.world_size // degrees) * multiple,
+        tokens_per_pack=tokens_per_pack,
+    )
+    answer_layout = AnswerLayout(frozenset(), Head.SCALAR, share_prefix=False)
+    lengths = np.array([1 + len(group.answers[0].tokens) for group in groups])
+    plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
+    host, port = env.master.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    with (
+        open_world(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=30),
+        open_mesh(layout, local_rank=env.local_rank, seed=0) as mesh,
+    ):
+        model = ModelConfig.model_validate({"hf": Path(), "dtype": dtype})
+        chunks = build_chunks(
+            transformer_config(reader.arch, layout, model), reader.arch, mesh, choose_parts()
+        )
+        load_weights(chunks, reader.arch, mesh, reader.read)
+
+        def steps() -> Iterator[list[Any]]:
+            at_once = PACKS_PER_RANK * layout.dp * multiple
+            for first in range(0, len(plan), at_once):
+                packs = [plan.pack(i) for i in range(first, min(first + at_once, len(plan)))]
+                work = [int(np.square(lengths[ids]).sum()) for ids in packs]
+                mine = assign(work, layout.dp, layout.micro_batch_multiple)[mesh.dp_rank]
+                yield [
+                    pack_answers(
+                        [groups[k] for k in packs[i]] if i is not None else [],
+                        tokens_per_pack,
+                        mesh.device,
+                        answer_layout,
+                    )
+                    for i in mine
+                ]
+
+        return score_values(chunks, steps(), len(groups), mesh)

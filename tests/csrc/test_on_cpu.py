@@ -1,0 +1,197 @@
+"""The shipped CUDA sources, run on the CPU in three thread orders, against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from paralign.engine.kernels import adamw, rms_norm, rope, swiglu, vocab
+from paralign.engine.kernels.library import KernelLibrary
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def rand(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to one rounding of the element type, and up to the order of an fp32 sum."""
+    assert actual.dtype == expected.dtype
+    step = torch.finfo(actual.dtype).eps
+    scale = expected.double().abs().max().clamp(min=1e-30)
+    error = (actual.double() - expected.double()).abs()
+    allowed = step * expected.double().abs() + max(step / 64, 4e-7) * scale
+    assert bool((error <= allowed).all()), f"{(error / scale).max().item():.1e} of the largest entry"
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values at an address that is no multiple of 16."""
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
+    storage[1:] = x.flatten()
+    return storage[1:].view(x.shape)
+
+
+# Packed and odd sizes, one row, more packs than threads keep, a length that no pack divides, no row.
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype"),
+    [(5, 256, dtype) for dtype in TYPES]
+    + [(1, 9, torch.bfloat16), (3, 1001, torch.float32), (2, 17408, torch.bfloat16), (0, 64, torch.float32)],
+)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(
+    library: KernelLibrary, rows: int, hidden: int, dtype: torch.dtype, with_residual: bool
+) -> None:
+    x, dy, dsum = (rand(rows, hidden, dtype=dtype, seed=s) for s in range(3))
+    residual = rand(rows, hidden, dtype=dtype, seed=3) if with_residual else None
+    weight = rand(hidden, dtype=dtype, seed=4)
+    normed, total, rstd = rms_norm.launch_forward(library, x, residual, weight, 1e-5)
+    if residual is None:
+        expected = rms_norm.rms_norm_ref(x, weight, 1e-5)
+    else:
+        expected, expected_total = rms_norm.add_rms_norm_ref(x, residual, weight, 1e-5)
+        assert torch.equal(total, expected_total)
+    more = dsum if with_residual else None
+    gradients = rms_norm.launch_backward(library, total, weight, rstd, dy, more, blocks=3)
+    if rows == 0:
+        assert normed.numel() == gradients[0].numel() == 0
+        assert not gradients[1].any()
+        return
+    assert_close(normed, expected)
+    for actual, wanted in zip(gradients, rms_norm._backward(total, weight, rstd, dy, more), strict=True):
+        assert_close(actual, wanted)
+
+
+def test_rms_norm_of_misaligned_and_strided_rows(library: KernelLibrary) -> None:
+    x, weight = rand(4, 64, dtype=torch.bfloat16, seed=0), rand(64, dtype=torch.bfloat16, seed=1)
+    expected = rms_norm.rms_norm_ref(x, weight, 1e-5)
+    assert_close(rms_norm.launch_forward(library, shifted(x), None, shifted(weight), 1e-5)[0], expected)
+    strided = x.t().contiguous().t()
+    assert_close(rms_norm.launch_forward(library, strided, None, weight, 1e-5)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((5, 512), dtype) for dtype in TYPES]
+    + [((1, 2), torch.bfloat16), ((3, 1, 2 * 333), torch.float32), ((0, 16), torch.float32)],
+)
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # where the sigmoid saturates
+def test_swiglu(library: KernelLibrary, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+    gate_up = rand(*shape, dtype=dtype, seed=0, scale=scale)
+    dout = rand(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
+    out = swiglu.launch_forward(library, gate_up)
+    gradient = swiglu.launch_backward(library, gate_up, dout)
+    assert out.shape == dout.shape
+    if gate_up.numel():
+        assert_close(out, swiglu.swiglu_ref(gate_up))
+        assert_close(gradient, swiglu._backward(gate_up, dout))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("channels", [16, 6])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_rope_of_a_fused_projection(
+    library: KernelLibrary, dtype: torch.dtype, channels: int, direction: float
+) -> None:
+    """Queries and keys are slices of one buffer; positions restart inside the pack and reach far."""
+    fused = rand(5, 2, 4, channels, dtype=dtype, seed=0)  # rows, groups, (two queries, key, value), channels
+    q, k = fused[:, :, :2].reshape(5, 4, channels), fused[:, :, 2]
+    assert not k.is_contiguous()
+    positions = torch.tensor([0, 1, 131071, 0, 7])
+    frequencies = 5e5 ** -(torch.arange(0, channels, 2).float() / channels)
+    actual = rope.launch(library, q, k, positions, frequencies, direction)
+    for x, wanted in zip(actual, rope._rope(q, k, positions, frequencies, direction), strict=True):
+        assert x.is_contiguous()
+        assert_close(x, wanted)
+
+
+def test_rope_of_no_row(library: KernelLibrary) -> None:
+    nothing = torch.empty(0, 2, 8)
+    out = rope.launch(library, nothing, nothing, torch.empty(0, dtype=torch.int64), torch.ones(4), 1.0)
+    assert out[0].shape == (0, 2, 8)
+
+
+def _choices(rows: int, vocabulary: int, k: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    indices = torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(rows)])
+    return indices, torch.randn(rows, k, generator=generator).log_softmax(-1) if k else torch.empty(rows, 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "k", "dtype", "scale"),
+    [(320, 7, dtype, 3.0) for dtype in TYPES]
+    + [
+        (37, 37, torch.float32, 1.0),
+        (2500, 300, torch.bfloat16, 3.0),
+        (1, 1, torch.float32, 1.0),
+        (100, 0, torch.bfloat16, 1.0),
+        (64, 5, torch.float32, 1e4),  # huge logits: one token has all the probability
+        (64, 5, torch.float32, 1e-6),  # tiny ones: all the same
+    ],
+)
+def test_vocabulary_sums_and_gradient(
+    library: KernelLibrary, columns: int, k: int, dtype: torch.dtype, scale: float
+) -> None:
+    """One shard of three: labels and chosen indices lie in it and in the others."""
+    rows, first = 4, columns
+    logits = rand(rows, columns, dtype=dtype, seed=0, scale=scale)
+    labels = torch.tensor([0, columns, 2 * columns - 1, 3 * columns - 1])  # before, its edges, after
+    chosen, chosen_logprob = _choices(rows, 3 * columns, k)
+    actual = vocab.launch_partials(library, logits, labels, chosen, chosen_logprob, first)
+    expected = vocab.vocab_partials(logits, labels, chosen, chosen_logprob, first)
+    assert torch.equal(actual[:, [0, 3, 4]], expected[:, [0, 3, 4]])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+    values = rand(rows, vocab.COLUMNS, dtype=torch.float32, seed=1)
+    values[:, 0] = logits.float().logsumexp(-1) + 1.0
+    values[:, 5] = logits.float().amax(-1)
+    gradient, wanted = logits.clone(), logits.clone()
+    vocab.launch_gradient(library, gradient, labels, values, chosen, chosen_logprob, first)
+    vocab.vocab_gradient_(wanted, labels, values, chosen, chosen_logprob, first)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient, wanted, rtol=max(2 * step, 1e-5), atol=1e-5 + step * scale / 8)
+
+
+def test_more_chosen_than_shared_memory_holds_is_an_error(cpu_library: KernelLibrary) -> None:
+    logits = torch.zeros(1, 8)
+    chosen, logprob = torch.zeros(1, 60000, dtype=torch.int64), torch.zeros(1, 60000)
+    with pytest.raises(RuntimeError, match="kernel vocab_gradient: shared memory"):
+        vocab.launch_gradient(
+            cpu_library, logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 7), chosen, logprob, 0
+        )
+
+
+@pytest.mark.parametrize("low", [None, *TYPES])
+@pytest.mark.parametrize("count", [4096 + 3, 1])
+def test_adamw(library: KernelLibrary, low: torch.dtype | None, count: int) -> None:
+    param, grad, exp_avg = (rand(count, dtype=torch.float32, seed=s) for s in range(3))
+    exp_avg_sq = rand(count, dtype=torch.float32, seed=3).square()
+    ours = [param, exp_avg, exp_avg_sq, None if low is None else torch.full((count,), torch.nan, dtype=low)]
+    theirs = [None if x is None else x.clone() for x in ours]
+    factor = torch.tensor(0.5)
+    numbers = (1e-2, 0.9, 0.99, 1e-8, 0.1, 1 - 0.9**3, 1 - 0.99**3)
+    adamw.launch(library, ours[0], grad, *ours[1:], factor, *numbers)
+    adamw._adamw(theirs[0], grad, *theirs[1:], factor, *numbers)
+    for actual, wanted in zip(ours, theirs, strict=True):
+        if actual is not None and wanted is not None:
+            torch.testing.assert_close(
+                actual, wanted, rtol=max(1e-6, torch.finfo(actual.dtype).eps), atol=1e-6
+            )
+
+
+def test_squared_sum(library: KernelLibrary) -> None:
+    x = rand(5001, dtype=torch.float32, seed=0)
+    for vector in (x, x[1:], x[:1]):
+        actual = adamw.launch_squared_sum(library, vector, blocks=3)
+        torch.testing.assert_close(actual, vector.double().square().sum(), rtol=1e-6, atol=0)
+
+
+def test_an_element_type_that_no_kernel_serves(cpu_library: KernelLibrary) -> None:
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"swiglu: float64 of shape \(2, 4\), stride \(4, 1\); kernels serve"
+    ):
+        swiglu.launch_forward(cpu_library, x)
+    with pytest.raises(RuntimeError, match="an element type that no kernel was built for"):
+        cpu_library.call("swiglu_forward", x, x, 2, 2, 9)

@@ -1,0 +1,184 @@
+"""Preference runs from files to exports: cached and online references, resume, rewards that transformers repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paralign.engine.launch import RankEnv
+from paralign.engine.layout import LayoutConfig
+from paralign.engine.observe.metrics import read_metrics
+from paralign.engine.score_file import score_file
+
+from .pool import RankFailure, RankPool
+from .toy import WORDS, make_toy, train_recipe, write_recipe
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+DPO = {"name": "dpo", "beta": 0.1}
+KTO = {"name": "kto", "beta": 0.1}
+REWARD = {"name": "reward", "alpha": 0.1, "score_range": [1, 5]}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("preferences")
+    make_toy(directory, n_chats=20)
+    draw = random.Random(4)
+    pairs, labelled = [], []
+    for i in range(60):
+        words = draw.choices(WORDS, k=draw.randint(2, 12))
+        question, better, worse = " ".join(words), " ".join(sorted(words)), " ".join(words[: i % 3 + 1])
+        pair: dict[str, Any] = {"prompt": question, "chosen": better, "rejected": f"{worse} sun"}
+        if i % 2:
+            pair |= {"chosen_score": draw.randint(3, 5), "rejected_score": draw.randint(1, 3)}
+        pairs.append(pair)
+        labelled += [
+            {"prompt": question, "completion": pair["chosen"], "label": True},
+            {"prompt": question, "completion": pair["rejected"], "label": False},
+        ]
+    for name, records in (("pairs", pairs), ("labelled", labelled)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (directory / f"{name}.jsonl").write_text(text)
+    return directory
+
+
+def _recipe(toy: Path, name: str, layout: dict[str, Any], objective: dict[str, Any], **changes: Any) -> Path:
+    data = str(toy / ("labelled.jsonl" if objective["name"] == "kto" else "pairs.jsonl"))
+    path = write_recipe(
+        toy,
+        name,
+        layout,
+        data__train=data,
+        data__validation={"same": data},
+        train__max_steps=6,
+        train__global_batch_size=4,
+        checkpoint__save_every_steps=3,
+        **changes,
+    )
+    path.write_text(path.read_text().replace("objective: sft", f"objective: {json.dumps(objective)}"))
+    return path
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_dir) if "loss" in line]
+
+
+def test_dpo_cached_equals_online_at_another_layout(toy: Path, ranks: RankPool) -> None:
+    ranks.run(4, train_recipe, _recipe(toy, "cached", TP2_PP2, DPO))
+    ranks.run(2, train_recipe, _recipe(toy, "online", {}, DPO | {"reference": "online"}))
+    cached, online = _losses(toy / "cached"), _losses(toy / "online")
+    assert cached[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert cached == pytest.approx(online, rel=1e-5)
+    measured = [line for line in read_metrics(toy / "cached") if "validation/same/loss" in line]
+    before, after = measured[0], measured[-1]
+    assert before["validation/same/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert after["validation/same/rewards/accuracies"] > 0.8
+    assert after["validation/same/rewards/margins"] > 0
+    assert after["validation/same/logps/chosen"] < 0
+
+
+def test_the_stored_reference_serves_every_layout_and_nobody_else(toy: Path, ranks: RankPool) -> None:
+    ranks.run(2, train_recipe, _recipe(toy, "first", {}, DPO))
+    (stored,) = toy.glob("cache/*/reference-*.npz")
+    written = stored.stat().st_mtime_ns
+    ranks.run(1, train_recipe, _recipe(toy, "second", {}, DPO))
+    assert stored.stat().st_mtime_ns == written
+    assert _losses(toy / "first") == pytest.approx(_losses(toy / "second"), rel=1e-5)
+
+    whole = stored.read_bytes()
+    import numpy as np
+
+    with np.load(stored) as content:
+        made_by = json.loads(str(content["made_by"])) | {"weights": "of another model"}
+        np.savez(stored, values=content["values"], made_by=np.array(json.dumps(made_by)))
+    try:
+        with pytest.raises(RankFailure, match=r"reference-\w+\.npz: reference .* made by other weights than"):
+            ranks.run(1, train_recipe, _recipe(toy, "third", {}, DPO))
+    finally:
+        stored.write_bytes(whole)
+
+
+def test_kto_is_the_same_however_it_is_divided(toy: Path, ranks: RankPool) -> None:
+    ranks.run(1, train_recipe, _recipe(toy, "kto-1", {}, KTO))
+    ranks.run(
+        4,
+        train_recipe,
+        _recipe(toy, "kto-4", {"pipeline_model_parallel_size": 2}, KTO | {"reference": "online"}),
+    )
+    ranks.run(1, train_recipe, _recipe(toy, "kto-unshared", {}, KTO | {"share_prefix": False}))
+    one, four = _losses(toy / "kto-1"), _losses(toy / "kto-4")
+    assert one == pytest.approx(four, rel=1e-5)
+    assert one[0] == pytest.approx(0.5, abs=1e-6)  # before the first step every log-ratio is 0
+    assert _losses(toy / "kto-unshared")[0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_resumed_reward_model_equals_uninterrupted(toy: Path, ranks: RankPool) -> None:
+    ranks.run(4, train_recipe, _recipe(toy, "reward", TP2_PP2, REWARD))
+    with pytest.raises(RankFailure):
+        ranks.run(4, train_recipe, _recipe(toy, "reward-killed", TP2_PP2, REWARD), 4)
+    ranks.run(2, train_recipe, _recipe(toy, "reward-killed", {"pipeline_model_parallel_size": 2}, REWARD))
+    assert _losses(toy / "reward-killed") == pytest.approx(_losses(toy / "reward"), rel=1e-4)
+
+    from safetensors.torch import load_file
+
+    whole, resumed = (
+        {k: v for f in (toy / name / "hf/final").glob("*.safetensors") for k, v in load_file(f).items()}
+        for name in ("reward", "reward-killed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert torch.allclose(whole["score.weight"], resumed["score.weight"], atol=1e-6)
+
+
+def test_transformers_opens_the_reward_model_with_equal_scores(
+    toy: Path, ranks: RankPool, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ranks.run(2, train_recipe, _recipe(toy, "exported", {"tensor_model_parallel_size": 2}, REWARD))
+    exported = toy / "exported/hf/final"
+    output = tmp_path / "rewards.jsonl"
+    ranks.run(2, score_with_pool, exported, toy / "chats.jsonl", output)
+    rewards = [json.loads(line) for line in output.read_text().splitlines()]
+
+    chats = [json.loads(line)["messages"] for line in (toy / "chats.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForSequenceClassification.from_pretrained(exported).eval()
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    inputs = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", return_dict=True)
+    assert (inputs["attention_mask"].sum(1).unique().numel()) > 1  # a batch that is padded
+    with torch.no_grad():
+        batched = model(**inputs).logits[:, 0].tolist()
+    assert [row["line"] for row in rewards] == list(range(1, len(chats) + 1))
+    assert [row["reward"] for row in rewards] == pytest.approx(batched, abs=1e-5)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def score_with_pool(rank: int, world_size: int, model: Path, data: Path, output: Path) -> None:
+    """Scoring as one rank of the pool, whose world is open already."""
+    from paralign.engine import mesh
+
+    opened, mesh.open_world = mesh.open_world, _already_open  # type: ignore[assignment]
+    try:
+        score_file(
+            model,
+            data,
+            output,
+            layout=LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=2),
+            env=RankEnv(rank=rank, local_rank=rank, world_size=world_size, master="127.0.0.1:1"),
+            dtype="fp32",
+            tokens_per_pack=96,
+        )
+    finally:
+        mesh.open_world = opened
+
+
+def _already_open(**_: Any) -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()

@@ -1,0 +1,103 @@
+"""Packs of prompts with their answers: rows, keys, labels and columns, and mismatched answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from paralign.engine.batch import Column, Head
+from paralign.engine.data.answers import Answer, AnswerLayout, Group, counted_tokens, mismatch, rows_of
+from paralign.engine.data.pairs import pack_answers
+
+CPU = torch.device("cpu")
+PAIRS = frozenset({Column.PAIR})
+
+
+def _answer(tokens: list[int], id_: int = 0, learned: list[int] | None = None) -> Answer:
+    return Answer(np.array(tokens), np.array(learned or [1] * len(tokens), dtype=bool), id_)
+
+
+GROUP = Group(np.array([1, 2, 3]), (_answer([4, 5], 0), _answer([6, 7, 8], 1, learned=[1, 1, 0])))
+SHARED = AnswerLayout(PAIRS, Head.LM, share_prefix=True)
+UNSHARED = AnswerLayout(PAIRS, Head.LM, share_prefix=False)
+
+
+def test_a_shared_prompt_is_there_once_and_each_row_has_one_label() -> None:
+    pack = pack_answers([GROUP], 12, CPU, SHARED)
+    assert pack.tokens_T.tolist() == [1, 2, 3, 4, 5, 3, 6, 7, 8, 0, 0, 0]
+    assert pack.labels_T.tolist() == [-100, -100, 4, 5, -100, 6, 7, -100, -100, -100, -100, -100]
+    assert pack.segments.positions_T.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2]
+    assert pack.segments.cu_seqlens_q.tolist() == [0, 5, 9, 12]
+    assert pack.segments.cu_seqlens_kv.tolist() == [0, 5, 11, 14]
+    assert pack.segments.kv_index is not None
+    assert pack.segments.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11]
+    assert (pack.segments.max_seqlen_q, pack.segments.max_seqlen_kv) == (5, 6)
+    assert pack.columns[Column.PAIR].tolist() == [[0, 1]]
+    assert pack.columns[Column.ANSWER].tolist() == [0, 1, -1]
+    assert pack.columns[Column.ANSWERS].tolist() == [0, 1]
+    assert rows_of(GROUP, SHARED) == 9
+
+
+def test_unshared_repeats_the_prompt_and_learns_the_same() -> None:
+    pack = pack_answers([GROUP], 12, CPU, UNSHARED)
+    assert pack.tokens_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 0]
+    assert pack.segments.kv_index is None
+    labels = pack.labels_T[pack.loss_rows].tolist()
+    assert labels == [4, 5, 6, 7]
+    shared = pack_answers([GROUP], 12, CPU, SHARED)
+    assert shared.labels_T[shared.loss_rows].tolist() == labels
+    assert rows_of(GROUP, UNSHARED) == 11
+
+
+def test_a_scalar_head_is_read_at_the_end_of_each_answer() -> None:
+    pack = pack_answers([GROUP], 12, CPU, AnswerLayout(PAIRS, Head.SCALAR, share_prefix=True))
+    assert pack.loss_rows.tolist() == [4, 8]
+    assert (pack.labels_T == -100).all()
+
+
+def test_a_prompt_of_one_token_can_be_shared() -> None:
+    group = Group(np.array([9]), (_answer([4]), _answer([6], 1)))
+    pack = pack_answers([group], 4, CPU, SHARED)
+    assert pack.tokens_T.tolist() == [9, 4, 9, 6]
+    assert pack.segments.bounds == ((0, 2, 0, 2), (2, 4, 2, 4))
+
+
+def test_reference_columns_follow_answer_ids() -> None:
+    pack = pack_answers([GROUP], 12, CPU, SHARED, np.array([-1.5, -2.5]))
+    assert pack.columns[Column.REF_LOGPROB].tolist() == [-1.5, -2.5, 0.0]
+    assert pack.columns[Column.REF_LOGPROB].dtype == torch.float64
+
+
+def test_what_a_likelihood_is_averaged_over() -> None:
+    with_prompt = AnswerLayout(PAIRS | {Column.IN_ANSWER}, Head.LM, share_prefix=True)
+    assert counted_tokens(GROUP, SHARED) == 2
+    assert counted_tokens(GROUP, with_prompt) == 4
+    pack = pack_answers([GROUP], 12, CPU, with_prompt)
+    assert pack.labels_T[pack.loss_rows].tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_an_answer_is_mismatched_with_the_prompt_after_it() -> None:
+    groups = [
+        Group(np.array([1]), (_answer([10], 5),)),
+        Group(np.array([2]), (_answer([20], 6), _answer([21], 7))),
+        Group(np.array([3]), (_answer([30], 8), _answer([31], 9), _answer([32], 4))),
+    ]
+    made = mismatch(groups, 100, SHARED)
+    assert [[a.tokens.tolist() for a in group.answers] for group in made] == [
+        [[30]],
+        [[10], [10]],
+        [[20], [21], [20]],
+    ]
+    assert [[a.id for a in group.answers] for group in made] == [[5], [6, 7], [8, 9, 4]]
+
+
+def test_a_mismatched_answer_is_cut_to_the_pack() -> None:
+    groups = [
+        Group(np.arange(7), (_answer([1, 2], 0), _answer([3], 1))),
+        Group(np.arange(2), (_answer(list(range(8)), 2),)),
+    ]
+    made = mismatch(groups, 10, SHARED)
+    assert [len(group.prompt) for group in made] == [7, 7, 2]
+    assert all(rows_of(group, SHARED) <= 10 for group in made)
+    assert [a.tokens.tolist() for group in made[:2] for a in group.answers] == [[0, 1, 2], [0, 1, 2]]
+    assert sorted(a.id for group in made for a in group.answers) == [0, 1, 2]

@@ -1,0 +1,53 @@
+"""Loss curves of sources: sums and counts that add up to the objective's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from paralign.engine.batch import Column, PackedBatch, Unit
+from paralign.engine.data.loader import NO_SOURCE, pack_batch
+from paralign.engine.objectives.by_source import BySource
+from paralign.engine.objectives.sft import SFT
+
+SAMPLES = [(4, 2), (3, 1), (6, 5)]  # tokens, and how many at the end are learned
+SOURCES = [2, 0, 1]
+
+
+def batch() -> PackedBatch:
+    samples = [(np.arange(n), np.arange(n) >= n - learned) for n, learned in SAMPLES]
+    pack = pack_batch(samples, 16, torch.device("cpu"))
+    n_tail = len(pack.segments.bounds) - len(SAMPLES)
+    pack.columns = {Column.SOURCE: torch.tensor(SOURCES + [NO_SOURCE] * n_tail)}
+    return pack
+
+
+def logprobs(pack: PackedBatch) -> torch.Tensor:
+    out = torch.zeros(16)
+    out[pack.loss_rows] = -torch.arange(1.0, len(pack.loss_rows) + 1)
+    return out
+
+
+def test_curves_are_sums_and_counts_of_their_sources():
+    objective = BySource(SFT(), ["chat", "code", "chat"])
+    pack = batch()
+    found = objective.loss(logprobs(pack).requires_grad_(), pack)
+    assert objective.metrics == ("loss/chat", "loss/code")
+    assert found.metrics.tolist() == [[1 + 2 + 3, 3], [4 + 5 + 6 + 7 + 8, 5]]
+    assert not found.metrics.requires_grad
+    assert found.totals[Unit.TOKEN].item() == found.metrics[:, 0].sum()
+    assert objective.report(found.metrics.tolist()) == {"loss/chat": 2.0, "loss/code": 6.0}
+
+
+def test_what_was_not_seen_has_no_point_on_its_curve():
+    objective = BySource(SFT(), ["chat", "code"])
+    assert objective.report([[6.0, 3.0], [0.0, 0.0]]) == {"loss/chat": 2.0}
+
+
+def test_a_pack_without_sources_adds_nothing():
+    pack = batch()
+    pack.columns = {}
+    found = BySource(SFT(), ["chat", "code"]).loss(logprobs(pack), pack)
+    assert found.metrics.tolist() == [[0, 0], [0, 0]]
+    assert found.totals[Unit.TOKEN] == pytest.approx(36)
