@@ -37,7 +37,7 @@ from paralign.engine.model import ModelConfig
 from paralign.engine.objectives import SFT
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.step import run_step
+from paralign.engine.step import report, run_step
 from paralign.models import arch_from_hf
 
 TOKENS_PER_PACK, PACKS_PER_STEP, STEPS_PER_ROUND = 1024, 4, 3
@@ -169,6 +169,7 @@ class our_trainer:
             adam_eps=EPS,
         )
         optimizer = Optimizer(wrapped, settings, layout, torch.float32)
+        objective = SFT()
         learned = sum(sum(mask[1:]) for pack in self.packs for _, mask in pack)
 
         def train() -> None:
@@ -182,11 +183,11 @@ class our_trainer:
                     sample_ids=(),
                 )
                 optimizer.zero_grad()
-                sums = run_step(wrapped, batch, SFT(), mesh, train=True)
+                sums = run_step(wrapped, batch, objective, mesh, train=True)
                 optimizer.step(LR)
                 self.timed.seconds.append(time.perf_counter() - began)
                 if len(self.timed.seconds) == 1:
-                    self.timed.first_loss = (sums[0, 0] / sums[0, 1]).item()
+                    self.timed.first_loss = report(objective, sums)["loss"]
 
         return train
 
@@ -197,7 +198,7 @@ class our_trainer:
 
 def their_trainer(packs: list[list[tuple[list[int], list[bool]]]], timed: Timed) -> Any:
     """transformers' Trainer: a pack a micro-batch, accumulated, the loss over all loss tokens of the step."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     rows = []
     for pack in packs:
@@ -225,7 +226,7 @@ def their_trainer(packs: list[list[tuple[list[int], list[bool]]]], timed: Timed)
 
     def train() -> None:
         with tempfile.TemporaryDirectory() as directory:
-            Trainer(
+            trainer = Trainer(
                 model=model,
                 args=TrainingArguments(
                     output_dir=directory,
@@ -248,7 +249,9 @@ def their_trainer(packs: list[list[tuple[list[int], list[bool]]]], timed: Timed)
                 train_dataset=rows,  # type: ignore[arg-type]
                 data_collator=lambda batch: {k: torch.tensor([row[k] for row in batch]) for k in batch[0]},
                 callbacks=[Clock()],
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
 
     return train
 

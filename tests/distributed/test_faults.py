@@ -23,11 +23,16 @@ from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe
 
 TP2_PP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-STEPS = 24
+STEPS = 30
 
 
 def _recipe(toy: Path, name: str, **changes: Any) -> Path:
-    settings = {"train__max_steps": STEPS, "train__eval_every_steps": None, "checkpoint__save_every_steps": 4}
+    # Each save starts a process on every rank, which is most of what these tests take.
+    settings = {
+        "train__max_steps": STEPS,
+        "train__eval_every_steps": None,
+        "checkpoint__save_every_steps": None,
+    }
     return write_recipe(toy, name, TP2_PP2, **(settings | changes))
 
 
@@ -81,7 +86,7 @@ def _wait_for_steps(run_dir: Path, n: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_and_stops_all(
     number: signal.Signals,
     toy: Path,
@@ -89,7 +94,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     launch: Callable[[Path], subprocess.Popen[str]],
     ranks: RankPool,
 ) -> None:
-    recipe = _recipe(toy, f"signal-{number.name}", checkpoint__save_every_steps=100)
+    recipe = _recipe(toy, f"signal-{number.name}")
     run_dir = toy / f"signal-{number.name}"
     process = launch(recipe)
     _wait_for_steps(run_dir, 2)
@@ -104,15 +109,16 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert _losses(run_dir) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named(
     toy: Path,
     undisturbed: dict[int, float],
     launch: Callable[[Path], subprocess.Popen[str]],
     ranks: RankPool,
 ) -> None:
-    recipe = _recipe(toy, "stalled", train__stall_timeout_minutes=0.25)
+    recipe = _recipe(toy, "stalled", train__stall_timeout_minutes=0.25, checkpoint__save_every_steps=20)
     process = launch(recipe)
-    _wait_for_steps(toy / "stalled", 5)
+    _wait_for_steps(toy / "stalled", 21)
     began = time.monotonic()
     os.kill(_rank_pids(recipe)[2], signal.SIGSTOP)
     assert process.wait(120) == EXIT_STALLED
@@ -141,7 +147,7 @@ def killed_in_a_save(rank: int, world_size: int, recipe: Path) -> None:
     publish = native.store.publish
 
     def die(directory: Path) -> None:
-        if directory.name == "iter_0000008":
+        if directory.name == "iter_0000020":
             os.kill(os.getpid(), signal.SIGKILL)
         publish(directory)
 
@@ -149,18 +155,19 @@ def killed_in_a_save(rank: int, world_size: int, recipe: Path) -> None:
     train_recipe(rank, world_size, recipe)
 
 
+@pytest.mark.slow
 def test_killed_in_a_save(
     toy: Path, undisturbed: dict[int, float], ranks: RankPool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = _recipe(toy, "killed")
+    recipe = _recipe(toy, "killed", checkpoint__save_every_steps=10)
     with pytest.raises(RankFailure, match="died with exit code -9"):
         ranks.run(4, killed_in_a_save, recipe)
     root = toy / "killed/checkpoints"
-    assert store.passed_over(root) == ["iter_0000008.part"]
-    assert store.latest(root) == root / "iter_0000004"
+    assert store.passed_over(root) == ["iter_0000020.part"]
+    assert store.latest(root) == root / "iter_0000010"
     capfd.readouterr()
     ranks.run(4, train_recipe, recipe)
-    assert "iter_0000008.part" in capfd.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
+    assert "iter_0000020.part" in capfd.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
     assert _losses(toy / "killed") == undisturbed
 
 
@@ -190,6 +197,7 @@ def test_nan_stops_the_run_and_is_located(toy: Path, undisturbed: dict[int, floa
     assert _losses(toy / "nan-stop") == undisturbed
 
 
+@pytest.mark.slow
 def test_nan_is_skipped_where_the_recipe_says_so(
     toy: Path, undisturbed: dict[int, float], ranks: RankPool
 ) -> None:
@@ -203,6 +211,7 @@ def test_nan_is_skipped_where_the_recipe_says_so(
     assert losses[STEPS - 1] < undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(
     toy: Path, undisturbed: dict[int, float], ranks: RankPool
 ) -> None:
@@ -214,7 +223,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     if mounted.returncode:
         pytest.skip("a small file system needs the right to mount one")
     try:
-        recipe = _recipe(toy, "disk/run")
+        recipe = _recipe(toy, "disk/run", checkpoint__save_every_steps=10)
         with pytest.raises(RankFailure, match=r"could not be written .* is complete and stays"):
             ranks.run(4, train_recipe, recipe)
         newest = store.latest(disk / "run/checkpoints")
