@@ -24,6 +24,9 @@ from paralign.engine import build, optim, step  # noqa: F401
 from paralign.engine.mesh import open_world
 
 Task = Callable[..., Any]
+# gloo's threads outlive their groups, some twenty a task on each rank; by the hundredth task they cost more than
+# the work. Forking anew takes a tenth of a second.
+TASKS_PER_FORK = 4
 
 
 class RankFailure(AssertionError):
@@ -61,6 +64,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list[tuple[Any, Connection]] = []
+        self._tasks_done = 0
 
     def __enter__(self) -> RankPool:
         return self
@@ -86,6 +90,7 @@ class RankPool:
         for process, _ in self.workers:
             process.join()
         self.workers = []
+        self._tasks_done = 0
 
     def run(self, world_size: int, task: Task, *arguments: Any, timeout: float = 120) -> list[Any]:
         """Results by rank.
@@ -93,8 +98,11 @@ class RankPool:
         Raises:
             RankFailure: a rank raised, died, or did not answer in `timeout` seconds; the pool starts anew.
         """
+        if self._tasks_done >= TASKS_PER_FORK:
+            self._kill()
         if not self.workers:
             self._start()
+        self._tasks_done += 1
         message = pickle.dumps((task, world_size, free_port(), arguments))
         for _, connection in self.workers[:world_size]:
             connection.send_bytes(message)
