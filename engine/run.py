@@ -32,8 +32,7 @@ from .launch import RankEnv, rank_environment
 from .layout import resolve
 from .objectives import AnswerSection, ReferenceSection, build_objective
 from .recipe import Recipe, dump, load
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the state is saved, start it again
+from .slurm import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from paralign.models.arch import Arch

@@ -12,7 +12,7 @@ from pathlib import Path
 from paralign.models.errors import RecipeError
 
 SAVE_SECONDS = 600  # what a run is given to save before its time limit ends it
-EXIT_STOPPED = 75  # run.py: saved, and to be started again
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the state is saved, start it again
 
 
 @dataclass(frozen=True)
