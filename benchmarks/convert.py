@@ -3,15 +3,18 @@
     python benchmarks/convert.py [--layers 8] [--workers 1] [--repeats 3] [--folder /tmp/convert_benchmark]
 
 Llama-3-8B layer shapes and vocabulary, random bf16: 2.1 GB of embedding and head, 0.44 GB a layer. Each round
-copies the directory, converts it to native and back, each in a process of its own. Both ways end on the disk:
-`cp` is followed by `sync`, the writer syncs each file. Verification, which is on by default and hashes and
-compares everything, is timed apart. Prints a table of medians, then one line of JSON; removes what it made.
+takes both ways, HF to native and native to HF. Each way is timed twice, in turn: `cp -r` of the source, and
+conversion, in a process of its own. Before each, the source is dropped from the page cache and the disk has
+come to rest; both end on the disk: `cp` is followed by `sync`, the writer syncs each file. Verification, which
+is on by default and hashes and compares everything, is timed apart. Prints a table of medians, then one line
+of JSON; removes what it made. A share of `cp` is the median over rounds of the two times beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -42,35 +45,55 @@ def main() -> None:
     folder.mkdir(parents=True)
     try:
         size = make_directory(folder / "hf", layers=arguments.layers, vocabulary=VOCABULARY, seed=0)
-        rounds = [one_round(folder, size, arguments.workers) for _ in range(arguments.repeats)]
+        rounds = [one_round(folder, arguments.workers, cp_first=i % 2 == 0) for i in range(arguments.repeats)]
     finally:
         shutil.rmtree(folder)
-    names = list(rounds[0])
-    medians = {name: [statistics.median(r[name][i] for r in rounds) for i in range(2)] for name in names}
     print(f"{arguments.layers} layers, {size / 1e9:.2f} GB, {arguments.workers} workers; medians")
-    for name, (speed, peak) in medians.items():
-        share = speed / medians["cp -r"][0]
-        memory = f"{peak / 1e9:8.2f} GB at most" if peak else ""
-        print(f"{name:<22}{speed:8.2f} GB/s{share:8.0%} of cp{memory}")
+    medians = {}
+    for way in rounds[0]:
+        median = {key: statistics.median(r[way][key] for r in rounds) for key in rounds[0][way]}
+        median["share"] = statistics.median(r[way]["cp"] / r[way]["write"] for r in rounds)
+        medians[way] = median
+        speed = {key: size / median[key] / 1e9 for key in ("cp", "write", "verify")}
+        print(
+            f"{way:<14}cp {speed['cp']:5.2f} GB/s   writing {speed['write']:5.2f} GB/s, {median['share']:4.0%} of cp"
+            f"   verifying {speed['verify']:5.2f} GB/s   {median['peak'] / 1e9:5.2f} GB at most"
+        )
     print(json.dumps({"layers": arguments.layers, "bytes": size, "medians": medians}))
 
 
-def one_round(folder: Path, size: int, workers: int) -> dict[str, tuple[float, float]]:
-    """GB/s and peak resident bytes of each way."""
-    copy = f"cp -r {folder / 'hf'} {folder / 'copy'} && sync {folder / 'copy'}/*"
-    copied = watch(["sh", "-c", copy])
-    shutil.rmtree(folder / "copy")
-    found = {"cp -r": (size / copied.seconds / 1e9, 0.0)}
-    for name, source, destination in (("HF -> native", "hf", "native"), ("native -> HF", "native", "back")):
-        run = watch(
-            [sys.executable, "-c", CHILD, str(folder / source), str(folder / destination), str(workers)]
-        )
-        report = json.loads(run.output.splitlines()[-1])
-        found[name] = (size / report["write_seconds"] / 1e9, float(run.peak))
-        found[f"{name}, verifying"] = (size / report["verify_seconds"] / 1e9, 0.0)
-    shutil.rmtree(folder / "native")
-    shutil.rmtree(folder / "back")
+def one_round(folder: Path, workers: int, *, cp_first: bool) -> dict[str, dict[str, float]]:
+    """Seconds of `cp`, of writing and of verifying each way, and peak resident bytes."""
+    found: dict[str, dict[str, float]] = {}
+    for way, source, destination in (("HF -> native", "hf", "native"), ("native -> HF", "native", "back")):
+        found[way] = {}
+        for side in ("cp", "ours") if cp_first else ("ours", "cp"):
+            settle(folder / source)
+            if side == "cp":
+                copy = f"cp -r {folder / source} {folder / 'copy'} && sync $(find {folder / 'copy'} -type f)"
+                found[way]["cp"] = watch(["sh", "-c", copy]).seconds
+                shutil.rmtree(folder / "copy")
+            else:
+                command = [sys.executable, "-c", CHILD, str(folder / source), str(folder / destination)]
+                run = watch([*command, str(workers)])
+                report = json.loads(run.output.splitlines()[-1])
+                found[way] |= {
+                    "write": report["write_seconds"],
+                    "verify": report["verify_seconds"],
+                    "peak": run.peak,
+                }
+    for name in ("native", "back"):
+        shutil.rmtree(folder / name)
     return found
+
+
+def settle(source: Path) -> None:
+    """Waits for the disk and drops a directory from the page cache."""
+    os.sync()
+    for path in source.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

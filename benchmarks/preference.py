@@ -99,8 +99,8 @@ def main() -> None:
     print(json.dumps({"torch": torch.__version__, "rows": [asdict(row) for row in rows]}))
 
 
-def draw_pairs(n: int) -> list[Group]:
-    """The DPO mix."""
+def draw_pairs(n: int, *, tokens_per_pack: int = TOKENS_PER_PACK) -> list[Group]:
+    """The DPO mix, of pairs that fit a pack."""
     draw = np.random.default_rng(0)
 
     def length(median: float, sigma: float) -> int:
@@ -109,7 +109,7 @@ def draw_pairs(n: int) -> list[Group]:
     pairs: list[Group] = []
     while len(pairs) < n:
         n_prompt, lengths = length(220, 1.0), (length(280, 0.8), length(280, 0.8))
-        if 2 * n_prompt + sum(lengths) > TOKENS_PER_PACK:
+        if 2 * n_prompt + sum(lengths) > tokens_per_pack:
             continue
         answers = tuple(
             Answer(draw.integers(0, VOCABULARY - 2, size), np.ones(size, dtype=bool), id=2 * len(pairs) + k)
@@ -177,7 +177,9 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
         ]
 
 
-def padded_packs(pairs: Sequence[Group], layout: AnswerLayout, reference: np.ndarray) -> list[PackedBatch]:
+def padded_packs(
+    pairs: Sequence[Group], layout: AnswerLayout, reference: np.ndarray, device: torch.device = CPU
+) -> list[PackedBatch]:
     """A pack for each batch, as long as its sequences are together once all are padded to the longest."""
     packs = []
     for first in range(0, len(pairs), BATCH):
@@ -187,7 +189,7 @@ def padded_packs(pairs: Sequence[Group], layout: AnswerLayout, reference: np.nda
             replace(pair, answers=tuple(_pad(a, longest - len(pair.prompt)) for a in pair.answers))
             for pair in batch
         ]
-        packs.append(pack_answers(padded, 2 * len(batch) * longest, CPU, layout, reference))
+        packs.append(pack_answers(padded, 2 * len(batch) * longest, device, layout, reference))
     return packs
 
 
@@ -200,22 +202,27 @@ def _pad(answer: Answer, length: int) -> Answer:
     )
 
 
-def best_packs(pairs: Sequence[Group], layout: AnswerLayout, reference: np.ndarray) -> list[PackedBatch]:
+def best_packs(
+    pairs: Sequence[Group],
+    layout: AnswerLayout,
+    reference: np.ndarray,
+    device: torch.device = CPU,
+    *,
+    tokens_per_pack: int = TOKENS_PER_PACK,
+) -> list[PackedBatch]:
     lengths = np.array([rows_of(pair, layout) for pair in pairs])
-    plan = plan_packs(lengths, TOKENS_PER_PACK, seed=0, epoch=0)
+    plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
     return [
-        pack_answers([pairs[i] for i in plan.pack(k)], TOKENS_PER_PACK, CPU, layout, reference)
+        pack_answers([pairs[i] for i in plan.pack(k)], tokens_per_pack, device, layout, reference)
         for k in range(len(plan))
     ]
 
 
-def trl_row(model: Any, pairs: Sequence[Group], repeats: int) -> Row:
-    """TRL's trainer on the same token ids, one optimizer step over all pairs, reference online."""
+def as_text(pairs: Sequence[Group]) -> tuple[Any, Any]:
+    """The pairs as a data set of words, and the tokenizer that makes the same token ids of them."""
     import datasets
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig as TRLConfig
-    from trl import DPOTrainer
+    from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "<eos>": VOCABULARY - 1}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -225,13 +232,21 @@ def trl_row(model: Any, pairs: Sequence[Group], repeats: int) -> Row:
     def text(tokens: np.ndarray) -> str:
         return "".join(f"w{token} " for token in tokens.tolist())
 
-    data = datasets.Dataset.from_list(
-        [
-            {"prompt": text(pair.prompt), "chosen": text(chosen.tokens), "rejected": text(rejected.tokens)}
-            for pair in pairs
-            for chosen, rejected in (pair.answers,)
-        ]
-    )
+    rows = [
+        {"prompt": text(pair.prompt), "chosen": text(chosen.tokens), "rejected": text(rejected.tokens)}
+        for pair in pairs
+        for chosen, rejected in (pair.answers,)
+    ]
+    return datasets.Dataset.from_list(rows), tokenizer
+
+
+def trl_row(model: Any, pairs: Sequence[Group], repeats: int) -> Row:
+    """TRL's trainer on the same token ids, one optimizer step over all pairs, reference online."""
+    from transformers import TrainerCallback
+    from trl import DPOConfig as TRLConfig
+    from trl import DPOTrainer
+
+    data, tokenizer = as_text(pairs)
     seconds: list[float] = []
 
     class Clock(TrainerCallback):

@@ -11,17 +11,15 @@ words, written to one JSONL file. All start from that file:
     datasets.map      `apply_chat_template(…, return_assistant_tokens_mask=True)` in one map over the loaded data
                       set, as TRL tokenises for assistant-only loss; no check, Arrow on disk
 
-Prints a table, then one line of JSON. Seconds are medians, of the wall clock and of the processor, children
-included; rates are by the processor, which a busy machine disturbs less. Each repeat starts without caches. In
-one process (`--workers 1`) both use one core: set TOKENIZERS_PARALLELISM=false.
+Prints a table, then one line of JSON. Seconds are medians, after one run to warm up. In one process
+(`--workers 1`, with TOKENIZERS_PARALLELISM=false) they are the processor's, which a busy machine disturbs less;
+with workers the wall clock's. Each repeat starts without caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import random
 import statistics
 import tempfile
@@ -53,10 +51,10 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(arguments, Path(folder))
-    print(f"{'':<16}{'wall s':>10}{'cpu s':>10}{'samples/cpu s':>16}{'tokens/cpu s':>16}")
+    print(f"{'':<16}{'seconds':>10}{'samples/s':>12}{'tokens/s':>12}")
     for name, row in rows.items():
-        rates = f"{row['samples_per_cpu_s']:>16,.0f}{row['tokens_per_cpu_s']:>16,.0f}"
-        print(f"{name:<16}{row['wall_s']:>10.3f}{row['cpu_s']:>10.3f}{rates}")
+        rates = f"{row['samples_per_second']:>12,.0f}{row['tokens_per_second']:>12,.0f}"
+        print(f"{name:<16}{row['seconds']:>10.3f}{rates}")
     print(json.dumps({"datasets": datasets.__version__, **vars(arguments), "rows": rows}, default=str))
 
 
@@ -107,8 +105,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
         n_processes = arguments.workers if arguments.workers > 1 else None
         found["mapped"] = loaded.map(tokenise, num_proc=n_processes, remove_columns=loaded.column_names)
 
+    clock = time.process_time if arguments.workers == 1 else time.perf_counter
     seconds = {
-        name: measure(run, arguments.repeats)
+        name: measure(run, arguments.repeats, clock)
         for name, run in {
             "ours": ours,
             "ours, warm": warm,
@@ -124,13 +123,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     n_tokens = int(cache.lengths.sum())
     return {
         name: {
-            "wall_s": wall,
-            "cpu_s": cpu,
-            # The clock of the processor ticks in hundredths of a second: too coarse below ten of them.
-            "samples_per_cpu_s": arguments.samples / cpu if cpu >= 0.1 else math.nan,
-            "tokens_per_cpu_s": n_tokens / cpu if cpu >= 0.1 else math.nan,
+            "seconds": taken,
+            "samples_per_second": arguments.samples / taken,
+            "tokens_per_second": n_tokens / taken,
         }
-        for name, (wall, cpu) in seconds.items()
+        for name, taken in seconds.items()
     }
 
 
@@ -148,16 +145,15 @@ def write_chats(path: Path, n_samples: int) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def measure(run: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Medians of wall and processor seconds, after one run to warm up."""
+def measure(run: Callable[[], None], repeats: int, clock: Callable[[], float]) -> float:
+    """Median seconds, after one run to warm up."""
     run()
-    walls, cpus = [], []
+    seconds = []
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), sum(os.times()[:4])
+        began = clock()
         run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(sum(os.times()[:4]) - cpu)
-    return statistics.median(walls), statistics.median(cpus)
+        seconds.append(clock() - began)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class StepBatch:
         counts: over the packs of *all* ranks: what a loss in that unit is divided by.
         n_samples, n_tokens: real samples and real tokens over all ranks.
         sample_ids: ids of all the samples in the step, over all ranks, in pack order.
+        pack_samples: for each of these packs the ids of its samples.
         mismatched: packs of this rank in which prompts are followed by other prompts' answers, where the
             objective needs a baseline from them.
     """
@@ -89,6 +90,7 @@ class StepBatch:
     n_samples: int
     n_tokens: int
     sample_ids: tuple[int, ...]
+    pack_samples: Sequence[Sequence[int]] = ()
     mismatched: list[PackedBatch] = field(default_factory=list)
 
 

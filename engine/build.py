@@ -133,7 +133,10 @@ def random_weights(arch: Arch, *, seed: int, dtype: torch.dtype, device: torch.d
 
 
 def load_weights(chunks: Sequence[Decoder], arch: Arch, mesh: Mesh, read: Read) -> None:
-    """Fill every parameter by the weight rules; each rank reads the slices that it owns and nothing else.
+    """Fill every parameter by the weight rules.
+
+    The ranks of the first copy of the model read the slices that they own and nothing else, and send them to
+    their peers in the other copies: the file system is read once, however many copies train. Collective.
 
     Raises:
         WeightsError: a parameter has no rule, or its rule gives another shape.
@@ -144,12 +147,15 @@ def load_weights(chunks: Sequence[Decoder], arch: Arch, mesh: Mesh, read: Read) 
             for name, parameter in chunk.named_weights():
                 if name not in rules:
                     raise WeightsError(f"{name}: no weight rule of family {arch.family} makes this parameter")
-                shard = rules[name].slice(read, mesh.tp_rank, mesh.layout.tp)
-                if shard.shape != parameter.shape:
-                    raise WeightsError(
-                        f"{name}: its rule gives {tuple(shard.shape)}, the model wants {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(shard)
+                if mesh.dp_rank == 0:
+                    shard = rules[name].slice(read, mesh.tp_rank, mesh.layout.tp)
+                    if shard.shape != parameter.shape:
+                        raise WeightsError(
+                            f"{name}: its rule gives {tuple(shard.shape)}, "
+                            f"the model wants {tuple(parameter.shape)}"
+                        )
+                    parameter.copy_(shard)
+                mesh.send_to_copies(parameter)
 
 
 def wrap_for_data_parallel(

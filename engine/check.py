@@ -31,6 +31,7 @@ from .data.sampler import StepStatistics, step_statistics
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, build_objective
 from .objectives.reward import RewardConfig
+from .observe.config import check_installed
 from .observe.metrics import facts_block
 from .recipe import Recipe
 from .schedule import warmup_steps
@@ -58,6 +59,15 @@ class CheckReport:
     steps: StepStatistics
     total_steps: int
 
+    @property
+    def state_bytes_per_rank(self) -> float:
+        """Of the fullest rank. A parameter takes its weight and an fp32 gradient; the two fp32 moments, and in bf16
+        the fp32 weight, are shared by the data-parallel ranks."""
+        here, shared = (2 + 4, 12) if self.recipe.model.dtype == "bf16" else (4 + 4, 8)
+        optimizer = self.recipe.optimizer
+        moments_elsewhere = 8 * optimizer.optimizer_cpu_offload * optimizer.optimizer_offload_fraction
+        return self.parameters_per_rank * (here + (shared - moments_elsewhere) / self.layout.dp)
+
     def facts(self) -> dict[str, str]:
         """The report in words."""
         layout, steps, train = self.layout, self.steps, self.recipe.train
@@ -72,6 +82,8 @@ class CheckReport:
             f"{self.recipe.model.dtype}, from {self.recipe.model.init}",
             "layout": f"{layout.world_size} GPUs = tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{chunks}; "
             f"at most {_billions(self.parameters_per_rank)} parameters a GPU",
+            "state": f"at most {self.state_bytes_per_rank / 1e9:,.1f} GB a GPU for weights, gradients and optimizer; "
+            "activations come on top",
             **{name: _described(cache) for name, cache in self.caches.items()},
             "packs": f"{steps.packs:,} of {self.recipe.data.tokens_per_pack:,} tokens, "
             f"{steps.utilisation:.1%} of them real",
@@ -106,6 +118,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         tokens_per_pack=data.tokens_per_pack,
     )
     _check_recompute(recipe, layout, arch)
+    check_installed(recipe.observe)
     sets = data.sets
     absent = [
         f"data.{name.replace('/', '.')}: {source.path}"
@@ -121,7 +134,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
 
     caches: dict[str, TokenCache | AnswerCache] = {}
     for name, sources in sets.items():
-        cache = caches[name] = _open_set(recipe, objective, sources, progress=progress)
+        cache = caches[name] = open_set(recipe, sources, progress=progress)
         _check_vocabulary(cache.max_token, recipe, arch)
         if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
             raise RecipeError(
@@ -143,6 +156,10 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         raise RecipeError(
             f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
             "lower lr_warmup_steps"
+        )
+    if (window := recipe.observe.profile) and window.to > total_steps:
+        raise RecipeError(
+            f"observe.profile: traces up to step {window.to}, and the run has {total_steps} steps; lower from and to"
         )
     return CheckReport(
         recipe,
@@ -168,14 +185,20 @@ def _arch_to_train(recipe: Recipe, objective: Objective) -> Arch:
     return arch
 
 
-def _open_set(
-    recipe: Recipe, objective: Objective, sources: Sequence[SourceConfig], *, progress: bool
-) -> TokenCache | AnswerCache:
+def record_kind(recipe: Recipe) -> Kind:
+    """What the objective of a recipe reads records as."""
+    if not isinstance(recipe.objective, AnswerSection):
+        return Kind.CONVERSATIONS
+    return Kind.LABELLED if Column.DESIRABLE in build_objective(recipe.objective).needs else Kind.PAIRS
+
+
+def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache | AnswerCache:
     """The tokens of one set, as the objective reads its records."""
     data, section = recipe.data, recipe.objective
-    if not isinstance(section, AnswerSection):
+    kind = record_kind(recipe)
+    if kind is Kind.CONVERSATIONS or not isinstance(section, AnswerSection):
         return build_or_open(data, sources, recipe.tokenizer_dir, progress=progress)
-    kind = Kind.LABELLED if Column.DESIRABLE in objective.needs else Kind.PAIRS
+    objective = build_objective(section)
     directory, opened = build(data, sources, recipe.tokenizer_dir, kind, progress=progress)
     layout = AnswerLayout(objective.needs, objective.head, section.share_prefix)
     score_range = section.score_range if isinstance(section, RewardConfig) else None

@@ -69,6 +69,10 @@ def train(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start; default: all GPUs, without any tp × pp.")
     ] = None,
+    replay_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Train nothing; show what each pack of this step does alone."),
+    ] = None,
 ) -> None:
     """Check a recipe, then train it on this machine.
 
@@ -88,7 +92,8 @@ def train(
     loaded = load(recipe, overrides or ())
     # Bad input ends here, before any rank starts, and the data is tokenised once.
     report = check(loaded, nproc or _gpus(), progress=True)
-    raise typer.Exit(run_local(recipe, overrides or (), report.layout.world_size))
+    again = [] if replay_step is None else [f"--replay-step={replay_step}"]
+    raise typer.Exit(run_local(recipe, [*(overrides or ()), *again], report.layout.world_size))
 
 
 @app.command()
@@ -298,6 +303,7 @@ def inspect_data(
     line: Annotated[int, typer.Option(min=1, help="Begin at this line of each file, or row.")] = 1,
 ) -> None:
     """Show samples as the model sees them, with what is learned token by token."""
+    from .check import record_kind
     from .data.inspect import inspect_set
     from .recipe import load
 
@@ -310,6 +316,7 @@ def inspect_data(
         n_samples=samples,
         first_line=line,
         coloured=console.is_terminal,
+        kind=record_kind(loaded),
     ):
         console.print(block)
 
@@ -317,14 +324,14 @@ def inspect_data(
 @data_app.command("pack")
 def pack_data(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Tokenise and pack the data of a recipe, and print what came of it."""
-    from .data.cache import build_or_open
+    from .check import open_set
     from .data.statistics import set_statistics
     from .recipe import load
 
     loaded = load(recipe, overrides or ())
     console = Console(highlight=False, soft_wrap=True)
     for name, sources in loaded.data.sets.items():
-        cache = build_or_open(loaded.data, sources, loaded.tokenizer_dir, progress=True)
+        cache = open_set(loaded, sources, progress=True)
         batch = loaded.train.global_batch_size
         console.print(set_statistics(name, cache, global_batch_size=batch, seed=loaded.train.seed))
 

@@ -71,7 +71,7 @@ def _describe(
         kind, tagged = error["type"], error["loc"]
         key = _without_tags(model, tagged)
         if kind == "missing":
-            said[key] = f"missing{_meaning(_section_at(model, tagged[:-1]), str(key[-1]))}"
+            said[key] = f"missing{meaning(_section_at(model, tagged[:-1]), str(key[-1]))}"
         elif kind == "extra_forbidden":
             said[key] = f"unknown key{_suggest_key(model, tagged)}"
         elif kind == "union_tag_invalid":
@@ -136,10 +136,14 @@ def _suggest_key(model: type[Section], key: Key) -> str:
     return f"; the keys here are {', '.join(siblings)}"
 
 
-def _meaning(section: type[Section] | None, name: str) -> str:
-    documented = inspect.getdoc(section) or ""
-    found = re.search(rf"^ {{4}}{name}: (.+?)(?=\n {{0,4}}\S|\Z)", documented, re.MULTILINE | re.DOTALL)
-    return f": {' '.join(found[1].split()).rstrip('.')}" if found else ""
+def meaning(section: type[Section] | None, name: str) -> str:
+    """What the section's docstring says of a key, behind `: `; nothing where it says nothing."""
+    for owner in section.__mro__ if section else ():
+        documented = inspect.cleandoc(owner.__doc__ or "")
+        found = re.search(rf"^ {{4}}{name}: (.+?)(?=\n {{0,4}}\S|\Z)", documented, re.MULTILINE | re.DOTALL)
+        if found:
+            return f": {' '.join(found[1].split()).rstrip('.')}"
+    return ""
 
 
 def _keys(model: type[Section], prefix: str = "") -> Iterator[str]:

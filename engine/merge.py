@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 from paralign import __version__
 from paralign.models import rules_for
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule
+from paralign.models.weights import Parts, Rule, in_blocks
 
 from . import merge_methods as methods
 from .checkpoint.manifest import MANIFEST, Digest, digest, fingerprint, read_manifest, write_manifest
@@ -219,6 +220,7 @@ class _Merged:
         self.out = torch.float32
         for other in self.parents[1:]:
             _refuse_unlike(first, other)
+        self._rule_of = {name: rule for rule in self.rules for name in rule.hf}
         self._digests: list[dict[str, Future[Digest]]] = [{} for _ in self.parents]
 
     def dtype(self) -> torch.dtype:
@@ -228,27 +230,23 @@ class _Merged:
             raise WeightsError(f"the parents are of several dtypes: {found}; set dtype in the merge file")
         return next(iter(dtypes))
 
-    def tensors(self, rule: Rule) -> dict[str, Tensor]:
-        parents = [parent.tensors(rule) for parent in self.parents]
-        hashed: list[Future[Digest]] = []
-        for parent, stored, digests in zip(self.parents, parents, self._digests):
-            if not (parent.directory / MANIFEST).is_file():
-                for name, tensor in stored.items():
-                    if name not in digests:
-                        digests[name] = self._hasher.submit(digest, tensor)
-                        hashed.append(digests[name])
-        merged = {name: self._merge(name, [stored[name] for stored in parents]) for name in rule.hf}
-        for future in hashed:
-            future.result()
-        return merged
+    def nbytes(self, rule: Rule) -> int:
+        return math.prod(rule.native_shape) * self.out.itemsize
+
+    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+        return {name: self._blocks(name, rule) for name in rule.hf}
 
     stored = tensors
 
-    def native(self, rule: Rule) -> Tensor:
-        return rule.whole(self.tensors(rule).__getitem__)
+    def native(self, rule: Rule) -> Parts:
+        return rule.parts(self.read)
 
     def read(self, name: str) -> Tensor:
-        return self._merge(name, [parent.read(name) for parent in self.parents])
+        rule = self._rule_of[name]
+        whole = torch.empty(rule.shapes[name], dtype=self.out)
+        for left, right in in_blocks([whole], self._blocks(name, rule)):
+            left.copy_(right)
+        return whole
 
     def release(self) -> None:
         for parent in self.parents:
@@ -257,12 +255,9 @@ class _Merged:
     def fingerprints(self) -> list[str]:
         """One for each parent: of its manifest where it has one, else of its tensors by Hugging Face name."""
         for rule in self.rules:  # those that an earlier run had merged
-            for parent, digests in zip(self.parents, self._digests):
-                if not (parent.directory / MANIFEST).is_file() and rule.hf[0] not in digests:
-                    for name, tensor in parent.tensors(rule).items():
-                        digests[name] = self._hasher.submit(digest, tensor)
-                        digests[name].result()
-                    parent.release()
+            for name in rule.hf:
+                self._hash(name, rule, [parent.tensors(rule)[name] for parent in self.parents])
+            self.release()
         return [
             fingerprint(
                 read_manifest(parent.directory)
@@ -272,11 +267,27 @@ class _Merged:
             for parent, digests in zip(self.parents, self._digests)
         ]
 
-    def _merge(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+    def _hash(self, name: str, rule: Rule, tensors: Sequence[Parts]) -> list[Future[Digest]]:
+        """Starts to hash a tensor of those parents that have no manifest, unless it has been hashed."""
+        started = []
+        for parent, parts, digests in zip(self.parents, tensors, self._digests):
+            if name not in digests and not (parent.directory / MANIFEST).is_file():
+                digests[name] = self._hasher.submit(digest, rule.shapes[name], parts)
+                started.append(digests[name])
+        return started
+
+    def _blocks(self, name: str, rule: Rule) -> Iterator[Tensor]:
+        parts = [list(parent.tensors(rule)[name]) for parent in self.parents]
+        started = self._hash(name, rule, parts)
+        yield from self._merge(name, [views[0] if len(views) == 1 else torch.cat(views) for views in parts])
+        for future in started:
+            future.result()
+
+    def _merge(self, name: str, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         config, common = self._config, self._config.parameters
         base, others, out = tensors[0], tensors[1:], self.out
         shared: dict[str, Any] = {"scale": common.scale, "normalize": config.normalize, "out": out}
-        run: dict[str, Callable[[], Tensor]] = {
+        run: dict[str, Callable[[], Iterator[Tensor]]] = {
             "linear": lambda: methods.linear(tensors, config.weights, normalize=config.normalize, out=out),
             "task_arithmetic": lambda: methods.task_arithmetic(base, others, config.weights, **shared),
             "ties": lambda: methods.ties(base, others, config.weights, densities=config.densities, **shared),

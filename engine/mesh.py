@@ -50,6 +50,11 @@ class Mesh:
     def barrier(self) -> None:
         dist.barrier()
 
+    def send_to_copies(self, tensor: torch.Tensor) -> None:
+        """Overwrite `tensor` in all copies of the model by that of the first."""
+        if self.layout.dp > 1:
+            dist.broadcast(tensor, dist.get_process_group_ranks(self.dp_group)[0], group=self.dp_group)
+
     def sum_over_data_then_share(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks of the last stage, then give every stage the result.
 

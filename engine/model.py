@@ -23,6 +23,8 @@ class ModelConfig(Section):
         recompute_num_layers: see recompute_method.
         kernels: `auto` uses the fused kernels where they are built and torch elsewhere, `reference` never uses
             them and adds up weight gradients as torch does, `required` refuses to start without them.
+        attention_backend: `flash` is the flash-attn package, `varlen` torch's variable-length attention, `sdpa` one
+            call of torch's scaled-dot-product attention for each segment; `auto` the first of them that serves.
         deterministic: the same numbers in every run, at some cost.
     """
 
@@ -33,6 +35,7 @@ class ModelConfig(Section):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = Field(None, ge=1)
     kernels: Literal["auto", "reference", "required"] = "auto"
+    attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     deterministic: bool = False
 
     @model_validator(mode="after")

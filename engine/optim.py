@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from paralign.models.mcore import (
     DistributedDataParallel,
@@ -17,8 +19,11 @@ from paralign.models.mcore import (
 )
 from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 
+from .kernels.adamw import adamw_, clip_factor, squared_sum
 from .layout import Layout
 from .schedule import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _StatePerParameter(DistributedOptimizer):
@@ -39,6 +44,65 @@ class _StatePerParameter(DistributedOptimizer):
             super()._set_main_param_and_optimizer_states(model_param, tensors)
 
 
+class _WeightsWrittenByTheUpdate(_StatePerParameter):
+    """The same over `FusedAdamW`, which writes the model's weights in the pass that updates the main ones."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """Nothing is left to copy."""
+
+    def model_shards(self) -> dict[Tensor, Tensor]:
+        """For each fp32 main parameter that is a copy, the part of the model's weight buffer it stands for."""
+        shards = {}
+        for mains, weights in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups):
+            for main, weight in zip(mains, weights):
+                buffer, _, bucket = self.model_param_gbuf_map[weight]
+                place = self._get_model_param_range_map(weight)["gbuf_world_in_bucket"]
+                shards[main] = self.buffers[buffer].buckets[bucket].param_data[place.start : place.end]
+        return shards
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW with the same groups and the same state, whose step is one operation for each shard.
+
+    So a checkpoint of either goes on under the other. The state is there before the first step; moments that lie in
+    the host's memory come to the parameter's device for the operation, and go back.
+
+    Attributes:
+        factor: float32 scalar that gradients are multiplied by; set before each step.
+        model_shards: for a main parameter in another precision than the model's, where its rounding goes.
+    """
+
+    factor: Tensor
+    model_shards: dict[Tensor, Tensor]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Clip, update and cast: 30 bytes a parameter in bf16."""
+        del closure  # Megatron has none
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] += 1
+                kept = [state[name] for name in MOMENTS]
+                moments = [moment.to(parameter.device, non_blocking=True) for moment in kept]
+                adamw_(
+                    parameter.detach(),
+                    parameter.grad,
+                    moments[0],
+                    moments[1],
+                    self.model_shards.get(parameter),
+                    self.factor,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=int(state["step"]),
+                )
+                for moment, home in zip(moments, kept):
+                    if moment is not home:
+                        home.copy_(moment, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """What one update did: the global gradient norm before clipping, and whether weights changed."""
@@ -51,6 +115,11 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) with fp32 main weights, its state sharded over data-parallel ranks.
 
     Weight decay is left out for norms and biases, that is, for parameters of one dimension.
+
+    Args:
+        fused: clip, update and cast to the model's precision in one operation (kernels/adamw.py) for each shard,
+            where Megatron scales gradients, runs torch's AdamW and copies weights one after another. With
+            `optimizer_cpu_offload` always.
     """
 
     def __init__(
@@ -59,9 +128,12 @@ class Optimizer:
         config: OptimizerConfig,
         layout: Layout,
         dtype: torch.dtype,
+        *,
+        fused: bool = False,
     ) -> None:
         self.chunks = list(chunks)
         self.config = config
+        self.fused = fused = fused or config.optimizer_cpu_offload
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -79,8 +151,12 @@ class Optimizer:
             self.chunks,
         )
         for part in self.megatron.chained_optimizers:
-            part.__class__ = _StatePerParameter
-            _allocate_state(part.optimizer)
+            _allocate_state(part.optimizer, config.optimizer_cpu_offload * config.optimizer_offload_fraction)
+            if fused:
+                part.__class__, part.optimizer.__class__ = _WeightsWrittenByTheUpdate, FusedAdamW
+                part.optimizer.model_shards = part.model_shards()
+            else:
+                part.__class__ = _StatePerParameter
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers."""
@@ -94,14 +170,32 @@ class Optimizer:
             group["lr"] = lr
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         self.megatron.prepare_grads()
-        norm = float(self.megatron.get_grad_norm())
+        if self.fused:
+            squares = self._squared_norm()
+            norm = math.sqrt(squares.item())
+        else:
+            norm = float(self.megatron.get_grad_norm())
         if not math.isfinite(norm):
             return UpdateResult(norm, updated=False)
-        if self.config.clip_grad > 0:
-            for part in self.megatron.chained_optimizers:
+        for part in self.megatron.chained_optimizers:
+            if self.fused:
+                part.optimizer.factor = clip_factor(squares, self.config.clip_grad)
+            elif self.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_grad, norm)
         self.megatron.step_with_ready_grads()
+        if self.config.optimizer_cpu_offload and squares.is_cuda:
+            torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments on the host
         return UpdateResult(norm, updated=True)
+
+    def _squared_norm(self) -> Tensor:
+        """Σ g² over all ranks, float64: one pass over the shards, and the host waits once, not for each of them."""
+        total = torch.zeros((), dtype=torch.float64, device=next(self.chunks[0].parameters()).device)
+        for part in self.megatron.chained_optimizers:
+            gradients = part.get_main_grads_for_grad_norm()
+            own = squared_sum(*gradients) if gradients else torch.zeros_like(total)
+            dist.all_reduce(own, group=part.get_grad_stats_parallel_group())
+            total += own
+        return total
 
     def synchronize_weights(self) -> None:
         """Make the model's weights current on every rank.
@@ -114,12 +208,18 @@ class Optimizer:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW's state its shape before the first step: a checkpoint is described from it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter.data),
-                "exp_avg_sq": torch.zeros_like(parameter.data),
-            }
+def _allocate_state(optimizer: torch.optim.Optimizer, offloaded: float) -> None:
+    """Give AdamW's state its shape before the first step: a checkpoint is described from it.
+
+    Args:
+        offloaded: share of the moments that lies in the host's memory, from the first parameters on.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    left = offloaded * sum(parameter.numel() for parameter in parameters)
+    for parameter in parameters:
+        place = (
+            {"device": "cpu", "pin_memory": parameter.is_cuda} if left > 0 else {"device": parameter.device}
+        )
+        left -= parameter.numel()
+        moments = {name: torch.zeros(parameter.shape, dtype=parameter.dtype, **place) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}

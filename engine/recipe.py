@@ -15,6 +15,7 @@ from .data.config import DataConfig
 from .layout import LayoutConfig
 from .model import ModelConfig
 from .objectives import AnswerSection, ObjectiveConfig
+from .observe.config import ObserveConfig
 from .recipe_file import apply_overrides, dump_yaml, load_recipe_file
 from .schedule import OptimizerConfig
 
@@ -67,6 +68,7 @@ class Recipe(Section):
         optimizer: the section of AdamW and its schedule.
         train: the section of batch size and length.
         checkpoint: the section of what is saved.
+        observe: the section of what is shown besides the console and metrics.jsonl.
         run_dir: where everything of this run is written.
     """
 
@@ -78,6 +80,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
+    observe: ObserveConfig = ObserveConfig()
     run_dir: Path
 
     @property

@@ -1,6 +1,6 @@
 """One rank of a run: recipe to parts to trainer. The table of contents of the engine.
 
-torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [key.sub=value …]
+torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [--replay-step=N] [key.sub=value …]
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from .objectives import AnswerSection, ReferenceSection, build_objective
 from .recipe import Recipe, dump, load
 from .slurm import EXIT_STOPPED
 
+REPLAY = "--replay-step="
+
 if TYPE_CHECKING:
     from paralign.models.arch import Arch
 
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     env = rank_environment()
     world_store: list[Any] = []  # filled once the ranks have met
     try:
-        recipe = load(Path(arguments[0]), arguments[1:])
+        replay_step, overrides = replay_step_of(arguments[1:])
+        recipe = load(Path(arguments[0]), overrides)
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
         resolve(
             recipe.layout,
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             global_batch_size=recipe.train.global_batch_size,
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
-        whole = meet_and_train(recipe, env, world_store)
+        whole = meet_and_train(recipe, env, world_store, replay_step)
     except Exception as error:
         mendable = isinstance(error, ParalignError)
         if _first_to_fail(env, world_store):
@@ -72,7 +75,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if whole else EXIT_STOPPED
 
 
-def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> bool:
+def replay_step_of(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The step of `--replay-step=N`, if given, and the other arguments."""
+    found = [argument for argument in arguments if argument.startswith(REPLAY)]
+    others = [argument for argument in arguments if not argument.startswith(REPLAY)]
+    if not found:
+        return None, others
+    number = found[-1].removeprefix(REPLAY)
+    if not number.isdecimal():
+        raise RecipeError(f"{found[-1]}: expected the number of a step, such as {REPLAY}137")
+    return int(number), others
+
+
+def meet_and_train(
+    recipe: Recipe, env: RankEnv, world_store: list[Any], replay_step: int | None = None
+) -> bool:
     """Join the other ranks, check the recipe on all of them, train; see `train`."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="megatron")
@@ -89,11 +106,14 @@ def meet_and_train(recipe: Recipe, env: RankEnv, world_store: list[Any]) -> bool
         world_store.append(opened)
         with _rank_0_first(env, opened):
             report = check(recipe, env.world_size, progress=env.rank == 0)
-        return train(report, local_rank=env.local_rank)
+        return train(report, local_rank=env.local_rank, replay_step=replay_step)
 
 
-def train(report: CheckReport, *, local_rank: int) -> bool:
+def train(report: CheckReport, *, local_rank: int, replay_step: int | None = None) -> bool:
     """Train a checked recipe in an open world, from its newest checkpoint if it has one.
+
+    Args:
+        replay_step: look at this step only, and write nothing of the run's own; see replay.py.
 
     Returns:
         Whether the run came to its end.
@@ -101,13 +121,18 @@ def train(report: CheckReport, *, local_rank: int) -> bool:
     from .mesh import open_mesh
 
     recipe = report.recipe
+    if replay_step is not None and replay_step >= report.total_steps:
+        raise RecipeError(f"{REPLAY}{replay_step}: the run has the steps 0 to {report.total_steps - 1}")
     if recipe.model.deterministic:
         import torch
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh:
-        trainer = build_trainer(report, mesh)
+        trainer = build_trainer(report, mesh, replay_step)
+        if replay_step is not None:
+            _replay(trainer, replay_step, recipe.run_dir)
+            return True
         try:
             with trainer.health:
                 return trainer.fit()
@@ -115,9 +140,27 @@ def train(report: CheckReport, *, local_rank: int) -> bool:
             trainer.log.close()
 
 
-def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
-    """Model, optimizer, loaders, checkpoints and log of one rank, with the state of the newest checkpoint."""
-    from paralign.models.attention import choose_kernel
+def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
+    from rich.console import Console
+
+    from .replay import replay, show
+
+    found = replay(trainer, step)
+    if trainer.mesh.is_main:
+        weights = f"after {trainer.first_step} steps" + (
+            f" of a checkpoint and {step - trainer.first_step} done again" * (trainer.first_step < step)
+        )
+        path = run_dir / "replay" / f"step_{step:07d}.json"
+        show(found, weights, path, Console(highlight=False, soft_wrap=True))
+
+
+def build_trainer(report: CheckReport, mesh: Mesh, replay_step: int | None = None) -> Trainer:
+    """Model, optimizer, loaders, checkpoints and log of one rank, with the state of the newest checkpoint.
+
+    Args:
+        replay_step: take the newest checkpoint from before this step, and log nothing.
+    """
+    from paralign.models.attention import alibi_attention, choose_kernel, sdpa_attention
 
     from .build import (
         DTYPES,
@@ -131,10 +174,12 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     from .data.answer_loader import AnswerLoader
     from .data.loader import PackLoader, StepLoader
     from .generate import Generations
-    from .kernels.parts import choose_parts, describe_kernels
+    from .kernels.parts import choose_parts, describe_kernels, fused
     from .objectives.by_source import BySource
     from .observe.health import Health
+    from .observe.memory import Memory
     from .observe.metrics import MetricsLog
+    from .observe.profiler import Profiler
     from .observe.throughput import Throughput, peak_flops
     from .optim import Optimizer
     from .score import Preparation
@@ -143,8 +188,11 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
 
     recipe, arch, layout = report.recipe, report.arch, report.layout
     dtype = DTYPES[recipe.model.dtype]
+    attention = choose_kernel(mesh.device, dtype, alibi=arch.alibi, backend=recipe.model.attention_backend)
     config = transformer_config(arch, layout, recipe.model)
-    chunks = build_chunks(config, arch, mesh, choose_parts(recipe.model.kernels))
+    chunks = build_chunks(
+        config, arch, mesh, choose_parts(recipe.model.kernels, recipe.model.attention_backend)
+    )
     options = {
         "global_batch_size": recipe.train.global_batch_size,
         "seed": recipe.train.seed,
@@ -165,7 +213,7 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     if isinstance(recipe.objective, ReferenceSection):
         reference = build_reference(report, mesh, chunks, read, loaders)
     wrapped = wrap_for_data_parallel(chunks, config, layout)
-    optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype)
+    optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
 
     scorer = None
     if isinstance(cache := report.caches["train"], AnswerCache) and arch.scalar_head:
@@ -178,24 +226,31 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
     checkpoints = NativeCheckpoints(
         root, recipe.checkpoint, mesh, wrapped, optimizer, assets=assets, recipe=dump(recipe)
     )
-    newest = store.latest(root)
+    newest = store.latest(root, at_most=replay_step)
     first_step = 0
     if newest is not None:
-        if recipe.checkpoint.resume == "never":
+        if recipe.checkpoint.resume == "never" and replay_step is None:
             raise CheckpointError(
                 f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
             )
         first_step = _resume(checkpoints, newest, report, loaders["train"].fingerprint)
 
-    log = MetricsLog.for_rank(
-        mesh.rank, recipe.run_dir, first_step=first_step, total_steps=report.total_steps
-    )
+    log = MetricsLog()
+    if replay_step is None:
+        log = MetricsLog.for_rank(
+            mesh.rank,
+            recipe.run_dir,
+            first_step=first_step,
+            total_steps=report.total_steps,
+            config=recipe.observe,
+            recipe=dump(recipe),
+        )
     left = store.passed_over(root)
     log.start(
         report.facts()
         | {
-            "attention": f"{choose_kernel(mesh.device, dtype, alibi=arch.alibi).__name__} on {mesh.device.type}"
-            + (", a call for each segment: no packed kernel of torch takes slopes" if arch.alibi else ""),
+            "attention": f"{attention.__name__} on {mesh.device.type}"
+            + (", a call for each segment" if attention in (alibi_attention, sdpa_attention) else ""),
             "kernels": describe_kernels(recipe.model.kernels),
             "start": f"step {first_step}"
             + (f", resumed from {newest}" if newest else "")
@@ -260,6 +315,14 @@ def build_trainer(report: CheckReport, mesh: Mesh) -> Trainer:
         ),
         on_nonfinite=recipe.train.on_nonfinite,
         throughput=Throughput(world_size=mesh.world_size, peak=peak_flops(mesh.device)),
+        memory=Memory(
+            recipe.run_dir,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            place=(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank),
+            device=mesh.device,
+        ),
+        profiler=Profiler(recipe.observe.profile, recipe.run_dir, rank=mesh.rank, device=mesh.device),
         first_step=first_step,
         total_steps=report.total_steps,
         generations=generations,
@@ -316,7 +379,9 @@ def build_reference(
     read_reference = open_source(directory).read if other else read
     if section.reference == "online":
         config = transformer_config(arch, report.layout, recipe.model)
-        kept = build_chunks(config, arch, mesh, choose_parts(recipe.model.kernels))
+        kept = build_chunks(
+            config, arch, mesh, choose_parts(recipe.model.kernels, recipe.model.attention_backend)
+        )
         load_weights(kept, arch, mesh, read_reference)
         return kept
     template = template_text(recipe.data.chat_template) or "tokenizer"

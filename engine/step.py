@@ -14,6 +14,7 @@ from paralign.models.mcore import get_forward_backward_func
 from .batch import PackedBatch, StepBatch, Unit
 from .mesh import Mesh
 from .objectives import Objective
+from .objectives.base import Linear
 
 UNITS = tuple(Unit)
 
@@ -32,15 +33,32 @@ def run_step(
         first of the loss in each unit, then of the metrics. Those of several steps may be added up; `report`
         makes numbers of them.
     """
+    totals = mesh.sum_over_data_then_share(run_own(chunks, batch, objective, mesh, train=train))
+    totals[: len(UNITS), 1] += torch.tensor([float(batch.counts.get(unit, 0)) for unit in UNITS]).to(totals)
+    return totals
+
+
+def run_own(
+    chunks: Sequence[Any], batch: StepBatch, objective: Objective, mesh: Mesh, *, train: bool
+) -> Tensor:
+    """`run_step` over this rank's packs only: nothing is summed over ranks.
+
+    Returns:
+        float64 (len(UNITS) + len(objective.metrics), 2): sums and counts of this rank's packs, the units' counts
+        left at 0; all zeros on other stages than the last.
+    """
+    known = objective.row_gradient(batch.counts) if train and isinstance(objective, Linear) else None
     results = _schedule(
-        chunks, batch.micro_batches, partial(_loss, objective=objective, counts=batch.counts), train=train
+        chunks,
+        batch.micro_batches,
+        partial(_loss, objective=objective, counts=batch.counts),
+        train=train,
+        row_gradient=known,
     )
     n_rows = len(UNITS) + len(objective.metrics)
     totals = torch.zeros(n_rows, 2, dtype=torch.float64, device=mesh.device)
     if results:
         totals += torch.stack(results).sum(0)
-    totals = mesh.sum_over_data_then_share(totals)
-    totals[: len(UNITS), 1] += torch.tensor([float(batch.counts.get(unit, 0)) for unit in UNITS]).to(totals)
     return totals
 
 
@@ -73,12 +91,17 @@ def run_forward(
 
 
 def _schedule(
-    chunks: Sequence[Any], packs: Sequence[PackedBatch], loss: Callable[..., Any], *, train: bool
+    chunks: Sequence[Any],
+    packs: Sequence[PackedBatch],
+    loss: Callable[..., Any],
+    *,
+    train: bool,
+    row_gradient: float | None = None,
 ) -> list[Tensor]:
     """Megatron's schedule over the packs; what `loss` reported of each, on the last stage."""
     iterators = [iter(packs) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward, loss=loss),
+        forward_step_func=partial(_forward, loss=loss, row_gradient=row_gradient),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(packs),
@@ -89,9 +112,11 @@ def _schedule(
     return results
 
 
-def _forward(packs: Iterator[PackedBatch], model: Any, *, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
+def _forward(
+    packs: Iterator[PackedBatch], model: Any, *, loss: Callable[..., Any], row_gradient: float | None
+) -> tuple[Tensor, Any]:
     pack = next(packs)
-    out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments)
+    out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, row_gradient)
     return out, partial(loss, pack=pack)
 
 

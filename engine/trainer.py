@@ -21,7 +21,9 @@ from .generate import Generations
 from .mesh import Mesh
 from .objectives import Objective
 from .observe.health import Health
+from .observe.memory import Memory
 from .observe.metrics import MetricsLog
+from .observe.profiler import Profiler
 from .observe.throughput import Throughput
 from .optim import Optimizer
 from .schedule import OptimizerConfig, learning_rate
@@ -68,6 +70,8 @@ class Trainer:
     health: Health
     on_nonfinite: Literal["stop", "skip"]
     throughput: Throughput
+    memory: Memory
+    profiler: Profiler
     first_step: int
     total_steps: int
     generations: Generations | None = None
@@ -92,10 +96,12 @@ class Trainer:
             if _due(self.cadence.evaluate, step):
                 measured = self.evaluate(step)
             self.health.at("data", step)
+            self.profiler.step_begins(step)
             batch = self.train_loader.step(step)
             values = self.train_step(step, batch)
+            self.profiler.step_done(step)
             if _due(self.cadence.log, step) or step + 1 == self.total_steps:
-                self.log.log(step, values | self.throughput.read())
+                self.log.log(step, values | self.throughput.read() | self.memory.read())
             self.checkpoints.poll()
             done = step + 1
             if done < self.total_steps:

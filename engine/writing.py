@@ -1,12 +1,13 @@
 """A model written file by file into a directory that appears when it is whole. Owns work, resuming, proof.
 
 The work is done in `.DST.part` beside the destination; a run that was cut off goes on with the files that are
-not finished. Each worker holds one rule's tensors at a time.
+not finished. Tensors pass through in blocks: while one is read and checked, the one before is hashed and written.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,28 +20,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
 from paralign.models.errors import WeightsError
-from paralign.models.weights import bit_equal, count_parameters
+from paralign.models.weights import Parts, Rule, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
 from .checkpoint.manifest import Digest, digest
+from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
+from .checkpoint.workers import Advance, ByteBar, over
 
 Kind = Literal["hf", "native"]
 PLAN = "plan.json"
+HELD_BYTES = 2**28  # of files may be in memory for each worker before they are let go of
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class WriteOptions:
         max_shard_size: of a file, such as `5GB`; a larger tensor has a file of its own.
         verify: read everything back, map it back and compare.
         workers: files written, and tensors verified, at the same time; memory grows with them.
-        progress: show a progress bar.
+        progress: show a progress bar if there is a terminal.
     """
 
     kind: Kind
@@ -131,17 +126,16 @@ def write_model(
         files = [file for file in target.files if not job.finished(file)]
         done = target.tensor_bytes - sum(map(target.file_bytes, files))
         _refuse_without_room(dst, target.tensor_bytes - done)
-        with _bar(options.progress) as bar:
+        with ByteBar(shown=options.progress) as bar:
             began = time.monotonic()
-            writing = bar.add_task("writing", total=target.tensor_bytes, completed=done)
-            job.write(files, options.workers, _advance(bar, writing))
+            job.write(files, options.workers, bar.task("writing", total=target.tensor_bytes, done=done))
             target.finish()
             dtype = str(options.dtype).removeprefix("torch.")
             copy_assets(Assets(source.assets, source.assets), target.assets, dtype=dtype)
             wrote = time.monotonic()
             if options.verify:
-                verifying = bar.add_task("verifying", total=target.tensor_bytes)
-                digests = job.verify(open_source(part), options.workers, _advance(bar, verifying))
+                advance = bar.task("verifying", total=target.tensor_bytes)
+                digests = job.verify(open_source(part), options.workers, advance)
             else:
                 digests = job.early_digests()
         finish(part, digests)
@@ -175,60 +169,67 @@ class _Job:
             return False
         return self._target.directory.joinpath(file).is_file()
 
-    def write(self, files: list[str], workers: int, advance: Callable[[int], None]) -> None:
+    def write(self, files: list[str], workers: int, advance: Advance) -> None:
         def write_file(file: str) -> None:
             digests: dict[str, Any] = {}
 
-            def tensors() -> Iterator[tuple[str, Tensor]]:
+            def tensors() -> Iterator[tuple[str, Parts]]:
                 for rule, names in self._target.content(file):
-                    read = self._source.tensors(rule) if self._target.kind == "hf" else None
+                    if self._target.kind == "hf":
+                        read = self._source.tensors(rule)
+                    else:
+                        read = {rule.native: self._source.native(rule)}
                     for name in names:
-                        tensor = read[name] if read is not None else self._source.native(rule)
-                        refuse_unless_finite(name, tensor)
-                        tensor = tensor.to(self._dtype)
-                        if self._digest_early:
-                            digests[name] = asdict(digest(tensor))
-                        yield name, tensor
-                        advance(tensor.nbytes)
-                        del tensor
-                    del read
+                        yield name, self._passing(name, rule, read[name], digests, advance)
                     self._source.release()
 
             facts = self._target.write(file, tensors())
             _write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
 
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for _ in pool.map(write_file, files):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        over(files, write_file, workers)
         self._target.facts = {
             file: json.loads(self._done(file).read_text())["facts"] for file in self._target.files
         }
 
-    def verify(self, written: ModelSource, workers: int, advance: Callable[[int], None]) -> dict[str, Digest]:
+    def _passing(
+        self, name: str, rule: Rule, parts: Parts, digests: dict[str, Any], advance: Advance
+    ) -> Iterator[Tensor]:
+        """A tensor's blocks, checked, cast, and hashed if it is early."""
+        behind, hasher = Behind(), hashlib.sha256()
+        for (block,) in _lightly(in_blocks(parts), self._source):
+            refuse_unless_finite(name, block)
+            block = block.to(self._dtype)
+            if self._digest_early:
+                behind.submit(hasher.update, raw(block))
+            yield block
+            advance(block.nbytes)
+        if self._digest_early:
+            behind.wait()
+            dtype = str(self._dtype).removeprefix("torch.")
+            digests[name] = asdict(Digest(list(rule.shapes[name]), dtype, hasher.hexdigest()))
+
+    def verify(self, written: ModelSource, workers: int, advance: Advance) -> dict[str, Digest]:
         """Every tensor read back, mapped to Hugging Face's names, compared with the source; digests as stored."""
 
         def check(i: int) -> dict[str, Digest]:
-            stored = written.stored(written.rules[i])
-            back = stored if written.kind == "hf" else written.rules[i].join(list(stored.values()))
-            original = self._source.tensors(self._source.rules[i])
-            for name, tensor in back.items():
-                if not bit_equal(original[name].to(self._dtype), tensor):
-                    raise WeightsError(
-                        f"{written.directory}: {name} was not read back as written; is the disk sound?"
-                    )
-            digests = {name: digest(tensor) for name, tensor in stored.items()}
-            advance(sum(tensor.nbytes for tensor in stored.values()))
-            del stored, back, original
+            rule = written.rules[i]
+            stored = written.stored(rule)
+            hashed = {name: hasher.submit(digest, rule.shapes[name], parts) for name, parts in stored.items()}
+            original, back = self._source.tensors(self._source.rules[i]), written.tensors(rule)
+            for name in rule.hf:
+                for expected, found in _lightly(in_blocks(original[name], back[name]), self._source, written):
+                    if not bit_equal(expected.to(self._dtype), found):
+                        raise WeightsError(
+                            f"{written.directory}: {name} was not read back as written; is the disk sound?"
+                        )
+            digests = {name: future.result() for name, future in hashed.items()}
+            advance(written.nbytes(rule))
             written.release()
             self._source.release()
             return digests
 
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(check, range(len(written.rules))))
+        with ThreadPoolExecutor(workers) as hasher:
+            found = over(range(len(written.rules)), check, workers)
         return {name: entry for digests in found for name, entry in digests.items()}
 
     def early_digests(self) -> dict[str, Digest]:
@@ -250,6 +251,18 @@ def refuse_unless_finite(name: str, tensor: Tensor) -> None:
     """Raises WeightsError for NaN or Inf; they come out of the extremes, in one pass and without a mask."""
     if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         raise WeightsError(f"{name}: holds NaN or Inf; the model was saved after it had diverged")
+
+
+def _lightly(pieces: Iterator[tuple[Tensor, ...]], *sources: ModelSource) -> Iterator[tuple[Tensor, ...]]:
+    """The pieces; what was read for them does not stay in memory, however large the tensor."""
+    held = 0
+    for piece in pieces:
+        yield piece
+        held += sum(tensor.nbytes for tensor in piece)
+        if held >= HELD_BYTES:
+            held = 0
+            for source in sources:
+                source.release()
 
 
 @contextmanager
@@ -299,18 +312,3 @@ def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        disable=not shown,
-    )
-
-
-def _advance(bar: Progress, task: TaskID) -> Callable[[int], None]:
-    return lambda count: bar.advance(task, count)

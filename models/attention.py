@@ -5,18 +5,21 @@ Shape suffixes: T query rows, U keys, H query heads of this rank, G key heads of
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .arch import Arch
+from .errors import RecipeError
 from .mcore import MegatronModule
 from .segments import Segments
 
+Backend = Literal["auto", "flash", "varlen", "sdpa"]
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 # Queries (T, H, D), keys (T, G, D), positions (T,) and frequencies (D/2,) to queries and keys turned.
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -123,11 +126,34 @@ def varlen_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segm
     return out
 
 
+def flash_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """The flash-attn package, one launch a pack; (T, H, D). CUDA, fp16 and bf16 only; takes ALiBi's slopes.
+
+    Causal from the end: the last row of a segment sees its last key, as shared keys need it.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    out: Tensor = flash_attn_varlen_func(
+        q_THD,
+        k_UGD,
+        v_UGD,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_kv,
+        segments.max_seqlen_q,
+        segments.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
+        alibi_slopes=segments.alibi_slopes_H,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out
+
+
 def alibi_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
     """torch's scaled-dot-product attention with slope · (key position − row position) added, a segment a call.
 
-    The slopes are `segments.alibi_slopes_H`. torch's variable-length attention takes none, so this also
-    serves CUDA; the bias costs H · l² elements for a segment of l rows.
+    The slopes are `segments.alibi_slopes_H`. torch's variable-length attention takes none, so this serves CUDA
+    too where flash-attn is not installed; the bias costs H · l² elements for a segment of l rows.
     """
     assert segments.alibi_slopes_H is not None
     positions_U = segments.positions_T
@@ -147,13 +173,31 @@ def alibi_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segme
     return torch.cat(outputs)
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype, *, alibi: bool = False) -> Kernel:
-    """The fastest kernel that serves this device, dtype and kind of positions."""
-    if alibi:
-        return alibi_attention
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return varlen_attention
-    return sdpa_attention
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, *, alibi: bool = False, backend: Backend = "auto"
+) -> Kernel:
+    """The kernel that a recipe names, or with `auto` the first that serves: flash-attn, torch's varlen, SDPA.
+
+    Raises:
+        RecipeError: the kernel named does not serve this device, dtype or kind of positions.
+    """
+    half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = importlib.util.find_spec("flash_attn") is not None
+    per_segment = alibi_attention if alibi else sdpa_attention
+    if backend == "sdpa":
+        return per_segment
+    if backend == "auto":
+        if half_on_gpu and installed:
+            return flash_attention
+        return varlen_attention if half_on_gpu and not alibi else per_segment
+    for wrong, why in (
+        (not half_on_gpu, f"runs on GPUs in bf16 or fp16, and this is {dtype} on {device.type}"),
+        (backend == "varlen" and alibi, "takes no ALiBi slopes"),
+        (backend == "flash" and not installed, "needs the package flash-attn: pip install 'paralign[gpu]'"),
+    ):
+        if wrong:
+            raise RecipeError(f"model.attention_backend: {backend} {why}; or set it to auto")
+    return flash_attention if backend == "flash" else varlen_attention
 
 
 class PackedAttention(MegatronModule):
@@ -170,9 +214,11 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
         *,
         rotate: Rotate,
+        backend: Backend,
     ) -> None:
         super().__init__(config=config)
         self.rotate = rotate
+        self.backend = backend
         del layer_number, attn_mask_type, attention_type, cp_comm_type, pg_collection
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -195,6 +241,8 @@ class PackedAttention(MegatronModule):
             q, k = self.rotate(q, k, segments.positions_T, segments.rope)
         if segments.kv_index is not None:
             k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-        kernel = choose_kernel(q.device, q.dtype, alibi=segments.alibi_slopes_H is not None)
+        kernel = choose_kernel(
+            q.device, q.dtype, alibi=segments.alibi_slopes_H is not None, backend=self.backend
+        )
         out = kernel(q, k, v, segments, self.scale)
         return out.reshape(out.shape[0], 1, -1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arch import Arch
-from .attention import Rotate, alibi_slopes, inverse_frequencies
+from .attention import Backend, Rotate, alibi_slopes, inverse_frequencies
 from .layer import Layer
 from .mcore import (
     MLP,
@@ -45,7 +45,14 @@ class TokenLogprob(Protocol):
     """log p(label | row) for R rows whose vocabulary is divided over `group`; see engine/kernels."""
 
     def __call__(
-        self, hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor, *, vocab_size: int, group: Any
+        self,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        labels_R: Tensor,
+        *,
+        vocab_size: int,
+        group: Any,
+        row_gradient: float | None,
     ) -> Tensor: ...
 
 
@@ -56,6 +63,7 @@ class Parts:
     norm: ModuleSpec
     core_attention: type
     rotate: Rotate
+    attention_backend: Backend
     activation: Callable[[Tensor], Tensor]  # (T, 1, 2F), gate first, to (T, 1, F)
     token_logprob: TokenLogprob
 
@@ -76,9 +84,14 @@ class LogProbHead(ColumnParallelLinear):
         self.token_logprob = token_logprob
 
     def forward(  # type: ignore[override]
-        self, hidden_TBH: Tensor, labels_T: Tensor, loss_rows: Tensor, weight: Tensor | None = None
+        self,
+        hidden_TBH: Tensor,
+        labels_T: Tensor,
+        loss_rows: Tensor,
+        weight: Tensor | None = None,
+        row_gradient: float | None = None,
     ) -> Tensor:
-        """Float32 (T,): log p(label) where a row has one, 0 elsewhere."""
+        """Float32 (T,): log p(label) where a row has one, 0 elsewhere; `row_gradient` as in `Decoder.forward`."""
         if self.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_TBH, tensor_parallel_output_grad=True, group=self.tp_group
@@ -94,6 +107,7 @@ class LogProbHead(ColumnParallelLinear):
             labels_T.index_select(0, loss_rows),
             vocab_size=self.vocab_size,
             group=self.tp_group,
+            row_gradient=row_gradient,
         )
         zeros = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=labels_T.device)
         return zeros.index_put((loss_rows,), logprob_R)
@@ -111,7 +125,10 @@ def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(module=parts.core_attention, params={"rotate": parts.rotate}),
+                    core_attention=ModuleSpec(
+                        module=parts.core_attention,
+                        params={"rotate": parts.rotate, "backend": parts.attention_backend},
+                    ),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -203,8 +220,19 @@ class Decoder(LanguageModule):
         """Megatron's schedule hands over the previous stage's hidden states here."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens_T: Tensor, labels_T: Tensor, loss_rows: Tensor, segments: Segments) -> Tensor:
-        """Hidden states (T, 1, H) for the next stage, or, on the last, what the head gives, float32 (T,)."""
+    def forward(
+        self,
+        tokens_T: Tensor,
+        labels_T: Tensor,
+        loss_rows: Tensor,
+        segments: Segments,
+        row_gradient: float | None = None,
+    ) -> Tensor:
+        """Hidden states (T, 1, H) for the next stage, or, on the last, what the head gives, float32 (T,).
+
+        Args:
+            row_gradient: the gradient that every loss row will get, if it is known: it spares the head a product.
+        """
         if self.arch.alibi:
             segments.alibi_slopes_H = self.alibi_slopes_H
         else:
@@ -216,7 +244,7 @@ class Decoder(LanguageModule):
         if self.arch.scalar_head:
             return self.score(hidden, loss_rows, tokens_T.shape[0])
         weight = self.shared_embedding_or_output_weight() if self.arch.tied else None
-        return self.output_layer(hidden, labels_T, loss_rows, weight)
+        return self.output_layer(hidden, labels_T, loss_rows, weight, row_gradient)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -29,6 +29,9 @@ class Segments(PackedSeqParams):
         rope: float32 (D/2,), rotary frequencies, from the decoder; None where the model has none.
         alibi_slopes_H: float32, slope of each of this rank's query heads where the model has ALiBi; from the
             decoder, in place of `rope`.
+
+    Raises:
+        ValueError: the segments do not end where rows and keys end; kernels would read past them.
     """
 
     positions_T: Tensor = None  # type: ignore[assignment]  # the base class has defaults
@@ -37,3 +40,14 @@ class Segments(PackedSeqParams):
     bounds: tuple[tuple[int, int, int, int], ...] = ()
     rope: Tensor | None = None
     alibi_slopes_H: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bounds or self.positions_T is None:
+            return
+        n_rows = self.positions_T.numel()
+        n_keys = n_rows if self.kv_index is None else self.kv_index.numel()
+        if self.bounds[-1][1] != n_rows or self.bounds[-1][3] != n_keys:
+            raise ValueError(
+                f"segments: the last one ends at row {self.bounds[-1][1]} and key {self.bounds[-1][3]}, and the pack "
+                f"has {n_rows} rows and {n_keys} keys; segments must cover a pack, its padding tail included"
+            )

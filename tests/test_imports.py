@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower floors first: a room may import rooms of lower floors only.
 FLOORS = [
-    {"batch", "config", "kernels", "launch", "merge_methods", "observe", "slurm"},
-    {"data", "layout", "model", "objectives", "recipe_file", "schedule"},
+    {"batch", "config", "kernels", "launch", "merge_methods", "slurm"},
+    {"data", "layout", "model", "objectives", "observe", "recipe_file", "schedule"},
     {"mesh", "optim"},
     {"build", "checkpoint", "step"},
     {"generate", "recipe", "reference", "rule_table", "score", "scorer", "writing"},
     {"check", "convert", "score_file", "trainer"},
-    {"merge", "run"},
+    {"merge", "replay"},
+    {"run"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,15 +1,22 @@
 """Files of torch's distributed checkpoints: tensors read one at a time, and written one after another.
 
 Owns the format, not what the tensors mean. Training saves and loads through megatron-core (native.py); this
-reads and writes the same files where there is no process group, with one tensor in memory.
+reads and writes the same files where there is no process group.
+
+Each tensor is an archive of its own as `torch.save` makes it: a zip, not compressed, of a pickle that says
+dtype and shape, and of the bytes. `torch.load` and `torch.save` copy them several times, so it is read and
+written here: bytes are mapped where they lie, and written block by block.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +34,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Shape
+from paralign.models.weights import Parts, Shape
+
+from .rawfile import MappedBytes, WriteBehind, raw
 
 METADATA = ".metadata"
+ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
 
 
 class Stretch(NamedTuple):
@@ -71,6 +81,7 @@ class CheckpointFiles:
                     f"{path}: {size} bytes, .metadata says {end}; copy the checkpoint again"
                 )
         self.files = [directory / file for file in sorted(ends)]
+        self._mapped = {file: MappedBytes(directory / file) for file in ends}
         self.stored: dict[str, TensorStorageMetadata] = {
             name: stored
             for name, stored in metadata.state_dict_metadata.items()
@@ -78,13 +89,15 @@ class CheckpointFiles:
         }
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, put together from the pieces that ranks have saved."""
+        """The whole tensor: the file itself where a rank has saved it whole, else put together from the pieces.
+
+        Raises:
+            CheckpointError: what is stored is not a tensor as `torch.save` writes it.
+        """
         stored = self.stored[name]
         whole = None
         for chunk in stored.chunks:
-            item = self._storage[MetadataIndex(name, chunk.offsets)]
-            with (self._directory / item.relative_path).open("rb") as file:
-                piece = torch.load(_View(file, item.offset, item.length), weights_only=True).detach()
+            piece = self._piece(name, self._storage[MetadataIndex(name, chunk.offsets)])
             if tuple(piece.shape) == tuple(stored.size):
                 return piece
             if whole is None:
@@ -94,27 +107,68 @@ class CheckpointFiles:
                 target = target.narrow(dim, start, size)
             target.copy_(piece)
         assert whole is not None
+        self.release()
         return whole
+
+    def release(self) -> None:
+        """Drops the pages that reading has brought into memory."""
+        for mapped in self._mapped.values():
+            mapped.release()
+
+    def _piece(self, name: str, item: Any) -> Tensor:
+        path = self._directory / item.relative_path
+        mapped = self._mapped[item.relative_path]
+        try:
+            with path.open("rb") as file, zipfile.ZipFile(_View(file, item.offset, item.length)) as archive:
+                pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+                plan = _TensorPlan.load(archive.read(pickled))
+                info = archive.getinfo(pickled.replace("data.pkl", f"data/{plan.storage}"))
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise pickle.UnpicklingError("it is compressed")
+                file.seek(
+                    item.offset + info.header_offset + 26
+                )  # the local header: lengths of name and extra
+                lengths = file.read(4)
+        except (StopIteration, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{path}: {name}: not a tensor as torch.save writes it ({error}); copy the checkpoint again"
+            ) from None
+        skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        offset = item.offset + info.header_offset + 30 + skipped
+        flat = mapped.tensor(offset, plan.dtype, info.file_size // plan.dtype.itemsize)
+        return flat.as_strided(plan.shape, plan.stride, plan.first)
 
 
 class CheckpointFileWriter:
     """Writes whole tensors into one file; `stretches` says where each has come to lie."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
+        self._name = path.name
+        self._file = WriteBehind(path)
+        self.close = self._file.close
         self.stretches: dict[str, Stretch] = {}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        start = self._file.tell()
-        torch.save(tensor.detach().contiguous(), self._file)
-        self.stretches[name] = Stretch(self._path.name, start, self._file.tell() - start)
-
-    def close(self) -> None:
-        """Returns when the bytes are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Parts) -> None:
+        """Writes a tensor of `shape` and `dtype`; raises ValueError if the parts are another one."""
+        section = _Section(self._file)
+        with zipfile.ZipFile(section, "w") as archive:  # type: ignore[call-overload]
+            archive.writestr("archive/data.pkl", _TensorPlan("0", dtype, shape).dump())
+            archive.writestr("archive/byteorder", "little")
+            archive.writestr("archive/version", "3\n")
+            info = zipfile.ZipInfo("archive/data/0")
+            info.file_size = math.prod(shape) * dtype.itemsize
+            large = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own threshold
+            header = 30 + len(info.filename) + 4 + 20 * large
+            padding = -(section.tell() + header) % ALIGNMENT
+            info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+            with archive.open(info, "w") as file:
+                for part in parts:
+                    if part.dtype != dtype:
+                        raise ValueError(f"{name} is {part.dtype}, the file {dtype}")
+                    file.write(raw(part))
+            if info.file_size != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} does not have {shape} elements")
+        self.stretches[name] = Stretch(self._name, section.start, section.tell())
 
 
 def write_metadata(
@@ -137,6 +191,98 @@ def write_metadata(
     temporary = directory / f"{METADATA}.part"
     temporary.write_bytes(pickle.dumps(metadata))
     os.replace(temporary, directory / METADATA)
+
+
+class _TensorPlan(NamedTuple):
+    """What an archive's pickle says: the entry with the bytes, dtype, shape, and where the elements are in it."""
+
+    storage: str
+    dtype: torch.dtype
+    shape: Shape
+    stride: Shape = ()
+    first: int = 0
+
+    def dump(self) -> bytes:
+        """The pickle of a contiguous tensor, in the words of `torch.save`."""
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=2).dump(_Rebuilt(self))
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, pickled: bytes) -> _TensorPlan:
+        """Runs nothing that the pickle names; raises UnpicklingError for any but a dense tensor."""
+        plan = _Unpickler(io.BytesIO(pickled)).load()
+        if not isinstance(plan, cls):
+            raise pickle.UnpicklingError(f"it holds {type(plan).__name__}")
+        return plan
+
+
+class _Rebuilt:
+    """Pickles as the call that makes a tensor of its storage."""
+
+    def __init__(self, plan: _TensorPlan) -> None:
+        self.plan = plan
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride = torch.empty(self.plan.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (
+            _Storage(self.plan),
+            0,
+            self.plan.shape,
+            stride,
+            False,
+            OrderedDict(),
+        )
+
+
+class _Storage:
+    """Pickles as a storage that lies in an entry of its own."""
+
+    def __init__(self, plan: _TensorPlan) -> None:
+        kind = next(kind for kind, dtype in STORAGES.items() if dtype == plan.dtype)
+        self.persistent_id = ("storage", getattr(torch, kind), plan.storage, "cpu", math.prod(plan.shape))
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.persistent_id if isinstance(obj, _Storage) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
+        return pid[2], pid[1]
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _plan,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            ("collections", "OrderedDict"): OrderedDict,
+            **{("torch", kind): dtype for kind, dtype in STORAGES.items()},
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return known[module, name]
+
+
+STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
+
+
+def _plan(storage: tuple[str, torch.dtype], first: int, shape: Shape, stride: Shape, *_: Any) -> _TensorPlan:
+    return _TensorPlan(*storage, tuple(shape), tuple(stride), first)
+
+
+class _Section:
+    """A file from where it stands, as a file of its own."""
+
+    def __init__(self, file: WriteBehind) -> None:
+        self._file, self.start = file, file.tell()
+        self.write, self.flush = file.write, file.flush
+
+    def tell(self) -> int:
+        return self._file.tell() - self.start
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(self.start + offset) - self.start
 
 
 class _View(io.RawIOBase):

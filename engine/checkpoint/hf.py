@@ -193,11 +193,12 @@ class StageWriter:
         if name not in self._missing:
             raise ValueError(f"{name}: not planned for this stage, or added twice")
         file = self._file_of[name]
+        check_shape(name, tensor.shape, file.shapes[name])
         if file.name not in self._open:
             path = _unfinished(self._directory, file)
             self._open[file.name] = TensorFileWriter(path, file.shapes, self._plan.dtype)
         writer = self._open[file.name]
-        writer.write(name, tensor)
+        writer.write(name, [tensor.detach().to("cpu", self._plan.dtype).contiguous()])
         self._missing.discard(name)
         if not writer.missing:
             self._open.pop(file.name).close()
@@ -345,7 +346,12 @@ def parse_size(text: str) -> int:
 
 def _read_headers(directory: Path) -> dict[str, dict[str, Entry]]:
     """Headers by file name, checked against the index where there is one."""
-    if (directory / SINGLE).exists():  # transformers' own precedence
+    shards = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
+    if (directory / SINGLE).exists():
+        if shards:
+            raise WeightsError(
+                f"{directory}: holds {_some(shards)} beside {SINGLE}; two saves are mixed: remove one"
+            )
         return {SINGLE: read_header(directory / SINGLE)}
     if not (directory / INDEX).exists():
         found = sorted(
@@ -370,7 +376,6 @@ def _read_headers(directory: Path) -> dict[str, dict[str, Entry]]:
                     f"{directory / file}: only {where} has {_some(extra)}; "
                     f"{INDEX} and the file belong to different saves; download both again"
                 )
-    shards = {path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name)}
     if extra_files := shards - set(headers):
         raise WeightsError(
             f"{directory}: holds {_some(extra_files)}, which {INDEX} does not name; "

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule, bit_equal
+from paralign.models.weights import Parts, Rule, bit_equal, in_blocks
 
+from .rawfile import raw
 from .source import ModelSource, open_source
+from .workers import ByteBar, over
 
 MANIFEST = "manifest.json"
 
@@ -35,11 +32,14 @@ class Digest:
     sha256: str
 
 
-def digest(tensor: Tensor) -> Digest:
-    """Shape, dtype and hash of a tensor on the CPU."""
-    raw = memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B")
-    name = str(tensor.dtype).removeprefix("torch.")
-    return Digest(list(tensor.shape), name, hashlib.sha256(raw).hexdigest())
+def digest(shape: Sequence[int], parts: Parts) -> Digest:
+    """The digest of a tensor of `shape` on the CPU."""
+    hasher = hashlib.sha256()
+    name = ""
+    for part in parts:
+        hasher.update(raw(part))
+        name = str(part.dtype).removeprefix("torch.")
+    return Digest(list(shape), name, hasher.hexdigest())
 
 
 def fingerprint(digests: Mapping[str, Digest]) -> str:
@@ -85,13 +85,8 @@ class Difference:
     what: str
 
 
-def check_against_manifest(
-    directory: Path, *, workers: int = 1, advance: Callable[[int], None] = lambda n: None
-) -> list[Difference]:
-    """Reads every tensor of a model and compares it with the manifest beside it.
-
-    Args:
-        advance: told the bytes of each rule that is done.
+def check_against_manifest(directory: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
+    """Reads every tensor of a model and compares it with the manifest beside it; shows a bar if `progress`.
 
     Raises:
         WeightsError, CheckpointError: the directory cannot be read at all.
@@ -101,24 +96,23 @@ def check_against_manifest(
 
     def check(rule: Rule) -> list[Difference]:
         found = []
-        for name, tensor in source.stored(rule).items():
+        for name, parts in source.stored(rule).items():
             if name not in expected:
                 found.append(Difference(name, "not in the manifest"))
-            elif words := _digests_differ(expected[name], digest(tensor)):
+            elif words := _digests_differ(expected[name], digest(rule.shapes[name], parts)):
                 found.append(Difference(name, words))
-            advance(tensor.nbytes)
         source.release()
         return found
 
-    differences = _over_rules(check, source.rules, workers)
+    differences = _over_rules(check, source, workers, progress)
     held = {name for rule in source.rules for name in (rule.hf if source.kind == "hf" else (rule.native,))}
     return differences + [Difference(name, "missing") for name in expected if name not in held]
 
 
-def compare(
-    left: Path, right: Path, *, workers: int = 1, advance: Callable[[int], None] = lambda n: None
-) -> list[Difference]:
+def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
     """Compares two models bit by bit under their Hugging Face names; each may be of either kind.
+
+    Shows a bar if `progress`.
 
     Raises:
         WeightsError, CheckpointError: a directory cannot be read at all.
@@ -129,35 +123,40 @@ def compare(
     def check(rule: Rule) -> list[Difference]:
         if rule.native not in rules_there:
             return [Difference(name, f"only in {left}") for name in rule.hf]
-        others = theirs.tensors(rules_there[rule.native])
+        other = rules_there[rule.native]
+        others = theirs.tensors(other)
         found = []
-        for name, tensor in ours.tensors(rule).items():
+        for name, parts in ours.tensors(rule).items():
             if name not in others:
                 found.append(Difference(name, f"only in {left}"))
-            elif words := _tensors_differ(tensor, others[name]):
+            elif rule.shapes[name] != other.shapes[name]:
+                words = f"shape {list(rule.shapes[name])} and {list(other.shapes[name])}"
                 found.append(Difference(name, words))
-            advance(tensor.nbytes)
+            elif words := _values_differ(parts, others[name]):
+                found.append(Difference(name, words))
         ours.release()
         theirs.release()
         return found
 
-    differences = _over_rules(check, ours.rules, workers)
+    differences = _over_rules(check, ours, workers, progress)
     here = {name for rule in ours.rules for name in rule.hf}
     return differences + [
         Difference(name, f"only in {right}") for rule in theirs.rules for name in rule.hf if name not in here
     ]
 
 
-def tensor_bytes(source: ModelSource) -> int:
-    """Bytes of a source's tensors; of padding and optimizer none."""
-    return source.dtype().itemsize * sum(math.prod(rule.native_shape) for rule in source.rules)
-
-
 def _over_rules(
-    check: Callable[[Rule], list[Difference]], rules: tuple[Rule, ...], workers: int
+    check: Callable[[Rule], list[Difference]], source: ModelSource, workers: int, progress: bool
 ) -> list[Difference]:
-    with ThreadPoolExecutor(workers) as pool:
-        return [difference for found in pool.map(check, rules) for difference in found]
+    with ByteBar(shown=progress) as bar:
+        advance = bar.task("verifying", total=sum(map(source.nbytes, source.rules)))
+
+        def checked(rule: Rule) -> list[Difference]:
+            found = check(rule)
+            advance(source.nbytes(rule))
+            return found
+
+        return [difference for found in over(source.rules, checked, workers) for difference in found]
 
 
 def _digests_differ(expected: Digest, found: Digest) -> str:
@@ -168,11 +167,11 @@ def _digests_differ(expected: Digest, found: Digest) -> str:
     return "" if expected.sha256 == found.sha256 else "other values"
 
 
-def _tensors_differ(left: Tensor, right: Tensor) -> str:
-    if left.shape != right.shape:
-        return f"shape {list(left.shape)} and {list(right.shape)}"
-    if left.dtype != right.dtype:
-        return f"{left.dtype} and {right.dtype}".replace("torch.", "")
-    if bit_equal(left, right):
-        return ""
-    return f"values differ by up to {(left.double() - right.double()).abs().max().item():.3g}"
+def _values_differ(left: Parts, right: Parts) -> str:
+    largest: float | None = None
+    for ours, theirs in in_blocks(left, right):
+        if ours.dtype != theirs.dtype:
+            return f"{ours.dtype} and {theirs.dtype}".replace("torch.", "")
+        if not bit_equal(ours, theirs):
+            largest = max(largest or 0.0, (ours.double() - theirs.double()).abs().max().item())
+    return "" if largest is None else f"values differ by up to {largest:.3g}"

@@ -6,6 +6,7 @@ Hugging Face directory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch import Tensor
 from paralign.models import rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Rule, Vocabulary
+from paralign.models.weights import Parts, Rule, Vocabulary
 
 from .dcpfile import METADATA, CheckpointFiles
 from .hf import HFReader, arch_of, is_native
@@ -44,13 +45,16 @@ class ModelSource(Protocol):
     def dtype(self) -> torch.dtype:
         """The one dtype of all the tensors; raises if there are several."""
 
-    def stored(self, rule: Rule) -> dict[str, Tensor]:
+    def nbytes(self, rule: Rule) -> int:
+        """Bytes of a rule's tensors, without reading them."""
+
+    def stored(self, rule: Rule) -> Mapping[str, Parts]:
         """A rule's tensors under the names that they have on disk, without vocabulary padding."""
 
-    def tensors(self, rule: Rule) -> dict[str, Tensor]:
+    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
         """A rule's tensors by Hugging Face name; read-only, they may be the file itself."""
 
-    def native(self, rule: Rule) -> Tensor:
+    def native(self, rule: Rule) -> Parts:
         """The whole native tensor of a rule; read-only, it may be the file itself."""
 
     def read(self, name: str) -> Tensor:
@@ -80,13 +84,17 @@ class HFSource:
             WeightsError,
         )
 
-    def stored(self, rule: Rule) -> dict[str, Tensor]:
-        return {name: self.read(name) for name in rule.hf}
+    def nbytes(self, rule: Rule) -> int:
+        return sum(self.read(name).nbytes for name in rule.hf)
 
-    tensors = stored
+    def stored(self, rule: Rule) -> Mapping[str, Parts]:
+        return {name: [self.read(name)] for name in rule.hf}
 
-    def native(self, rule: Rule) -> Tensor:
-        return rule.whole(self.read)
+    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+        return self.stored(rule)
+
+    def native(self, rule: Rule) -> Parts:
+        return rule.parts(self.read)
 
 
 class NativeSource:
@@ -139,25 +147,33 @@ class NativeSource:
             CheckpointError,
         )
 
-    def native(self, rule: Rule) -> Tensor:
-        return self._checkpoint.read(rule.native).narrow(0, 0, rule.native_shape[0])
+    def nbytes(self, rule: Rule) -> int:
+        dtype = self._checkpoint.stored[rule.native].properties.dtype
+        return math.prod(rule.native_shape) * dtype.itemsize
 
-    def stored(self, rule: Rule) -> dict[str, Tensor]:
+    def native(self, rule: Rule) -> Parts:
+        return [self._whole(rule)]
+
+    def stored(self, rule: Rule) -> Mapping[str, Parts]:
         return {rule.native: self.native(rule)}
 
-    def tensors(self, rule: Rule) -> dict[str, Tensor]:
-        return rule.join([self.native(rule)])
+    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+        return rule.hf_parts(self._whole(rule))
 
     def read(self, name: str) -> Tensor:
         rule = self._rule_of[name]
         native, tensors = self._last
         if native != rule.native:  # q, k and v are asked for one after another
-            tensors = self.tensors(rule)
+            tensors = rule.join([self._whole(rule)])
             self._last = rule.native, tensors
         return tensors[name]
 
     def release(self) -> None:
         self._last = "", {}
+        self._checkpoint.release()
+
+    def _whole(self, rule: Rule) -> Tensor:
+        return self._checkpoint.read(rule.native).narrow(0, 0, rule.native_shape[0])
 
 
 def open_source(directory: Path) -> ModelSource:

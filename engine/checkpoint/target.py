@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from paralign.models.weights import Rule
+from paralign.models.weights import Parts, Rule
 
 from .dcpfile import CheckpointFileWriter, Stretch, write_metadata
 from .hf import shard_plan, write_index
@@ -49,8 +48,11 @@ class Target(Protocol):
     def content(self, file: str) -> Content:
         """What a file holds, in the order in which `write` wants it."""
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> Any:
-        """Writes one file under a temporary name, then renames it; returns what `finish` must know, as JSON."""
+    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
+        """Writes one file under a temporary name, then renames it; returns what `finish` must know, as JSON.
+
+        A part is let go of when the one after the next is asked for: until then it must not change.
+        """
 
     def finish(self) -> None:
         """Makes a model of the files."""
@@ -85,11 +87,11 @@ class HFTarget:
     def content(self, file: str) -> Content:
         return self._content[file]
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> Any:
+    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
         path = self.directory / f"{file}.part"
         writer = TensorFileWriter(path, self._files[file].shapes, self._plan.dtype)
-        for name, tensor in tensors:
-            writer.write(name, tensor)
+        for name, parts in tensors:
+            writer.write(name, parts)
         writer.close()
         assert not writer.missing
         assert path.stat().st_size == file_layout(self._files[file].shapes, self._plan.dtype)[2]
@@ -134,11 +136,11 @@ class NativeTarget:
     def content(self, file: str) -> Content:
         return [(rule, [rule.native]) for rule in self._content[file]]
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> Any:
+    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
         path = self.directory / f"{file}.part"
         writer = CheckpointFileWriter(path)
-        for name, tensor in tensors:
-            writer.write(name, tensor)
+        for name, parts in tensors:
+            writer.write(name, self._shapes[name], self._dtype, parts)
         writer.close()
         os.replace(path, self.directory / file)
         return {name: [stretch.offset, stretch.length] for name, stretch in writer.stretches.items()}

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,9 @@ import torch
 from torch import Tensor
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Shape, check_shape
+from paralign.models.weights import Parts, Shape
+
+from .rawfile import MappedBytes, WriteBehind, raw
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -81,21 +81,14 @@ class MappedFile:
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
-        with path.open("rb") as file:
-            # Copy-on-write, because torch has no read-only tensors: a stray write stays out of the file.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._bytes = MappedBytes(path)
+        self.release = self._bytes.release
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor, lazily; its dtype must be one of `DTYPES`."""
         entry = self._entries[name]
-        flat = torch.frombuffer(
-            self._bytes, dtype=DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
-        )
+        flat = self._bytes.tensor(entry.start, DTYPES[entry.dtype], math.prod(entry.shape))
         return flat.view(entry.shape)
-
-    def release(self) -> None:
-        """Drops the pages that reading has brought into memory; tensors stay valid and read them again."""
-        self._bytes.madvise(mmap.MADV_DONTNEED)
 
 
 class TensorFileWriter:
@@ -106,24 +99,22 @@ class TensorFileWriter:
         self._dtype = dtype
         header, self._starts, self.size = file_layout(shapes, dtype)
         self.missing = set(shapes)
-        self._file = path.open("wb")
+        self._file = WriteBehind(path)
         self._file.write(header)
+        self.close = self._file.close
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Casts to the file's dtype and writes; raises WeightsError if the shape is another than stated."""
-        check_shape(name, tensor.shape, self._shapes[name])
+    def write(self, name: str, parts: Parts) -> None:
+        """Writes a tensor of the file's dtype; raises ValueError if it is another one or of another size."""
         if name not in self.missing:
             raise ValueError(f"{name} is written twice")
         self._file.seek(self._starts[name])
-        raw = tensor.detach().to("cpu", self._dtype).contiguous().view(torch.uint8)
-        self._file.write(memoryview(raw.numpy()).cast("B"))
+        for part in parts:
+            if part.dtype != self._dtype:
+                raise ValueError(f"{name} is {part.dtype}, the file {self._dtype}")
+            self._file.write(raw(part))
+        if self._file.tell() != self._starts[name] + math.prod(self._shapes[name]) * self._dtype.itemsize:
+            raise ValueError(f"{name} does not have {self._shapes[name]} elements")
         self.missing.discard(name)
-
-    def close(self) -> None:
-        """Returns when the bytes are on disk, so that a rename afterwards never shows a torn file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
 
 
 def file_layout(shapes: Mapping[str, Shape], dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:

@@ -166,7 +166,12 @@ def _renderer_of_worker(rendering: Rendering) -> Renderer:
 
 
 def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int) -> Iterator[Encoded]:
-    pool = ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"))  # starts none before a first chunk
+    # Workers are forked from a fresh process that has imported all this once: neither an import for each worker,
+    # which costs seconds, nor a fork of this process, which may have threads of gloo or NCCL. None starts before
+    # a first chunk.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
+    pool = ProcessPoolExecutor(n_workers, mp_context=context)
     waiting: deque[Future[Encoded]] = deque()  # bounded: the parent reads far faster than workers tokenise
     try:
         for chunk in chunks:

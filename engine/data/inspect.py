@@ -11,12 +11,14 @@ from rich.text import Text
 from paralign.models.errors import DataError
 
 from .config import DataConfig
-from .encode import encode_record
+from .encode import encode_answers, encode_record
+from .preference import Kind
 from .render import Rendered, Renderer, template_text
 from .sources import read_records, record_format
 
 # Two shades in turn, so that each token is seen; black on green is learned.
 LEARNED, CONTEXT = ("black on green", "black on bright_green"), ("", "dim")
+ANSWERS = {Kind.CONVERSATIONS: [""], Kind.PAIRS: [", chosen", ", rejected"], Kind.LABELLED: [""]}
 LEGEND = {
     True: "what is learned stands on green, shades change from token to token",
     False: "each token that is learned stands in ⟦ ⟧",
@@ -31,6 +33,7 @@ def inspect_set(
     n_samples: int,
     first_line: int = 1,
     coloured: bool,
+    kind: Kind = Kind.CONVERSATIONS,
 ) -> Iterator[Text]:
     """A legend, then a block for each of the first samples of each source. No cache is read or built.
 
@@ -39,6 +42,7 @@ def inspect_set(
     Args:
         first_line: samples that begin at an earlier line, or row, are passed over.
         coloured: mark what is learned by colour, for a terminal; else by brackets.
+        kind: what records are read as; of a preference each answer is shown behind its prompt.
 
     Raises:
         DataError: no such set; a source, tokenizer or template that cannot be read at all.
@@ -49,17 +53,22 @@ def inspect_set(
     yield Text(LEGEND[coloured] + "\n")
     for source in config.sets[set_name]:
         source = source.model_copy(update={"format": source.format or config.format})
-        found = record_format(source)
+        written = record_format(source) if kind is Kind.CONVERSATIONS else None
+        found = written or kind.value
         records = (record for record in read_records(source.path) if record.line >= first_line)
         for record in islice(records, n_samples):
             place = f"{source.path}:{record.line}"
             try:
-                sample = encode_record(record, source, found, renderer)
+                if written:
+                    samples = [encode_record(record, source, written, renderer)]
+                else:
+                    samples, _ = encode_answers(record, source, kind, renderer)
             except DataError as error:
                 yield Text(f"── {source.name} ({found})\n{error}\n", style="red" if coloured else "")
-            else:
+                continue
+            for sample, answer in zip(samples, ANSWERS[kind], strict=True):
                 yield (
-                    Text(f"── {source.name} ({found})  {place}  {_facts(sample, config, renderer)}\n")
+                    Text(f"── {source.name} ({found}{answer})  {place}  {_facts(sample, config, renderer)}\n")
                     .append(_masked(renderer.pieces(sample), coloured=coloured))
                     .append("\n")
                 )

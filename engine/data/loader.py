@@ -81,13 +81,19 @@ class StepLoader(ABC):
         work = [int(np.square(lengths[ids]).sum()) for ids in packs]
         mine = assign(work, self._dp_size, self._micro_batch_multiple)[self._dp_rank]
         ids = np.concatenate(packs)
+        shares = [packs[i] if i is not None else ids[:0] for i in mine]
         return StepBatch(
-            micro_batches=[self._batch(packs[i] if i is not None else ids[:0]) for i in mine],
+            micro_batches=[self._batch(share) for share in shares],
             counts=self._counts(ids),
             n_samples=len(ids),
             n_tokens=int(lengths[ids].sum()),
             sample_ids=tuple(ids.tolist()),
+            pack_samples=[share.tolist() for share in shares],
         )
+
+    def pack_of(self, ids: Sequence[int]) -> PackedBatch:
+        """A pack of the given samples alone."""
+        return self._batch(np.array(ids, dtype=np.int64))
 
     def evaluation(self) -> Iterator[StepBatch]:
         """Every sample once, in the order of the first epoch: the same each time."""

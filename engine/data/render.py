@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,7 +107,8 @@ class Renderer:
             learned_L = ~np.isin(tokens_L, self._only_bos)
         else:
             learned_L = np.zeros(len(tokens_L), dtype=bool)
-            starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+            flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(tokens_L))
+            starts, ends = flat[::2], flat[1::2]
             spans = turn_spans if marked is None else _within(marked, turn_spans, turns, place)
             first = turn_spans[0][0] if turn_spans and conversation.n_context else 0
             for start, end in spans:

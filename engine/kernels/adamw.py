@@ -10,20 +10,24 @@ from torch import Tensor
 
 from .library import KernelLibrary, library_for, require, type_code
 
-PARTIAL_SUMS = 1024  # of a sum of squares; their order is fixed, so that the norm never changes between runs
+PARTIAL_SUMS = (
+    1024  # of a vector's sum of squares; their order is fixed, so that the norm never changes between runs
+)
+BLOCK = 1024  # elements that a block takes at once
 
 
-def squared_sum(x_N: Tensor) -> Tensor:
-    """Σ x² of a flat fp32 buffer: float64 scalar on its device, the same in every run.
+def squared_sum(*vectors: Tensor) -> Tensor:
+    """Σ x² over flat fp32 buffers of one device, at least one: float64 scalar there, the same in every run.
 
     Raises:
-        ValueError: not a dense fp32 vector.
+        ValueError: one is no dense fp32 vector.
     """
-    dense = x_N.dtype == torch.float32 and x_N.dim() == 1 and x_N.is_contiguous()
-    require("squared_sum", "a dense float32 vector", dense, x_N)
-    if (library := library_for(x_N)) and x_N.numel():
-        return launch_squared_sum(library, x_N, blocks=PARTIAL_SUMS)
-    return x_N.double().square().sum()
+    for x_N in vectors:
+        dense = x_N.dtype == torch.float32 and x_N.dim() == 1 and x_N.is_contiguous()
+        require("squared_sum", "dense float32 vectors", dense, x_N)
+    if library := library_for(vectors[0]):
+        return launch_squared_sum(library, *vectors)
+    return torch.stack([x_N.double().square().sum() for x_N in vectors]).sum()
 
 
 def clip_factor(squared_norm: Tensor, clip_grad: float) -> Tensor:
@@ -62,7 +66,8 @@ def adamw_(
         step: updates done, this one included.
 
     Raises:
-        ValueError: a buffer is not dense, not float32, or of another length.
+        ValueError: a buffer is not dense, not float32, or of another length; `factor` is no float32 scalar;
+            `step` is not positive.
     """
     buffers = (param_N, grad_N, exp_avg_N, exp_avg_sq_N)
     fits = all(
@@ -77,6 +82,10 @@ def adamw_(
             low_N.is_contiguous() and low_N.shape == param_N.shape,
             low_N,
         )
+    scalar = factor.dtype == torch.float32 and factor.dim() == 0 and factor.device == param_N.device
+    require("adamw_", "the factor is a float32 scalar where the parameters are", scalar, factor)
+    if step < 1:
+        raise ValueError(f"adamw_: step {step}; the first update is number 1")
     corrections = (1 - betas[0] ** step, 1 - betas[1] ** step)
     _adamw(*buffers, low_N, factor, lr, *betas, eps, weight_decay, *corrections)
 
@@ -115,10 +124,12 @@ def _(*arguments: object) -> None:
     del arguments
 
 
-def launch_squared_sum(library: KernelLibrary, x_N: Tensor, *, blocks: int) -> Tensor:
-    """A partial sum for each block by the kernel, added up in float64."""
-    partial = torch.empty(blocks, dtype=torch.float32, device=x_N.device)
-    library.call("squared_sum", x_N, partial, x_N.numel(), blocks)
+def launch_squared_sum(library: KernelLibrary, *vectors: Tensor, blocks: int = PARTIAL_SUMS) -> Tensor:
+    """A launch for each vector, which leaves a partial sum a block; all of them added up in float64, once."""
+    partial = torch.zeros(len(vectors), blocks, dtype=torch.float32, device=vectors[0].device)
+    for x_N, sums in zip(vectors, partial):
+        if x_N.numel():
+            library.call("squared_sum", x_N, sums, x_N.numel(), min(blocks, -(-x_N.numel() // BLOCK)))
     return partial.double().sum()
 
 

@@ -13,19 +13,25 @@ from torch import Tensor
 
 
 def greedy_token(
-    hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor, *, vocab_size: int, group: Any = None
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    labels_R: Tensor,
+    *,
+    vocab_size: int,
+    group: Any = None,
+    row_gradient: float | None = None,
 ) -> Tensor:
     """argmax h Wᵀ over the whole vocabulary, the smallest id among equals.
 
     It takes the arguments of `token_logprob`, so that it can stand in its place in a head; see there.
 
     Args:
-        labels_R: not used.
+        labels_R, row_gradient: not used.
 
     Returns:
         float32 (R,), ids: exact, as no vocabulary has 2²⁴ tokens. The same on every rank of the group.
     """
-    del labels_R
+    del labels_R, row_gradient
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     first = rank * weight_VH.shape[0]
     real = min(weight_VH.shape[0], max(0, vocab_size - first))

@@ -55,8 +55,13 @@ class KernelLibrary:
         """Launch `paralign_<function>(*arguments, stream)`; tensors go as addresses, None as null.
 
         Raises:
+            ValueError: tensors of more than one device: a kernel cannot read the others' addresses.
             RuntimeError: the launch was refused.
         """
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if len({x.device for x in tensors}) > 1:
+            places = ", ".join(f"{describe(x)} on {x.device}" for x in tensors)
+            raise ValueError(f"kernel {function}: tensors of one device; got {places}")
         converted: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double] = []
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -69,7 +74,10 @@ class KernelLibrary:
                 converted.append(ctypes.c_void_p(None))
         code = getattr(self._library, f"paralign_{function}")(*converted, ctypes.c_void_p(self._stream()))
         if code:
-            raise RuntimeError(f"kernel {function}: {self._library.paralign_error(code).decode()}")
+            shapes = ", ".join(describe(x) for x in tensors)
+            raise RuntimeError(
+                f"kernel {function}: {self._library.paralign_error(code).decode()}; called with {shapes}"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,21 @@ def type_code(operation: str, x: Tensor) -> int:
     if x.dtype not in TYPES:
         raise ValueError(f"{operation}: {describe(x)}; kernels serve float32, float16 and bfloat16")
     return TYPES[x.dtype]
+
+
+def require_served(operation: str, *tensors: Tensor) -> None:
+    """Check that kernels can take tensors: their type, or float64 where the definition runs, and their rows' length.
+
+    Rows and offsets are counted in 64 bits, places within a row in 32.
+
+    Raises:
+        ValueError: one is of another type, or its rows have 2³¹ elements or more.
+    """
+    for x in tensors:
+        if x.dtype not in TYPES and (x.dtype != torch.float64 or x.is_cuda):
+            also = "" if x.is_cuda else ", and on the CPU float64"
+            raise ValueError(f"{operation}: {describe(x)}; it takes float32, float16 and bfloat16{also}")
+        require(operation, "a row has fewer than 2³¹ elements", max(x.shape[-1:], default=0) < 2**31, x)
 
 
 def describe(x: Tensor) -> str:

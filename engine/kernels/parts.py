@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from paralign.models.attention import PackedAttention, rotate
+from paralign.models.attention import Backend, PackedAttention, rotate
 from paralign.models.decoder import Parts
 from paralign.models.errors import RecipeError
 from paralign.models.mcore import ModuleSpec
@@ -22,8 +23,8 @@ from .token_logprob import token_logprob
 Kernels = Literal["auto", "reference", "required"]
 
 
-def choose_parts(kernels: Kernels = "auto") -> Parts:
-    """The decoder's parts.
+def fused(kernels: Kernels) -> bool:
+    """Whether our operations are taken, by the model and by the optimizer.
 
     Args:
         kernels: `auto` takes our operations where their kernels can run and torch's elsewhere, `reference` takes
@@ -33,11 +34,17 @@ def choose_parts(kernels: Kernels = "auto") -> Parts:
         RecipeError: the kernels are required and cannot be used.
     """
     if kernels == "reference":
-        return torch_parts()
+        return False
     found = find_library()
     if kernels == "required" and found.library is None:
         raise RecipeError(f"model.kernels: required, but they are {found.reason}; or set it to auto")
-    return torch_parts() if found.library is None else fused_parts()
+    return found.library is not None
+
+
+def choose_parts(kernels: Kernels = "auto", attention_backend: Backend = "auto") -> Parts:
+    """The decoder's parts; see `fused`, and `choose_kernel` of models/attention.py."""
+    parts = fused_parts() if fused(kernels) else torch_parts()
+    return replace(parts, attention_backend=attention_backend)
 
 
 def fused_parts() -> Parts:
@@ -46,6 +53,7 @@ def fused_parts() -> Parts:
         norm=ModuleSpec(module=RMSNorm, params={"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}),
         core_attention=PackedAttention,
         rotate=rope,
+        attention_backend="auto",
         activation=swiglu,
         token_logprob=token_logprob,
     )
@@ -59,6 +67,7 @@ def torch_parts() -> Parts:
         ),
         core_attention=PackedAttention,
         rotate=rotate,
+        attention_backend="auto",
         activation=_torch_swiglu,
         token_logprob=token_logprob,
     )

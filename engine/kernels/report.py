@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw import adamw_
+from .adamw import adamw_, squared_sum
 from .library import find_library
 from .rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from .rope import rope, rope_ref
@@ -105,6 +105,11 @@ def _check_token_statistics(device: torch.device) -> Pairs:
     )
 
 
+def _check_squared_sum(device: torch.device) -> Pairs:
+    vectors = [_random(device, 5001).float(), _random(device, 7).float()]
+    return [(squared_sum(*vectors), torch.cat(vectors).double().square().sum())]
+
+
 def _check_adamw(device: torch.device) -> Pairs:
     param, grad = _random(device, 1000).float(), _random(device, 1001)[1:].float().clone()
     expected = param.clone().requires_grad_()
@@ -130,5 +135,6 @@ _CHECKS: dict[str, Callable[[torch.device], Pairs]] = {
     "swiglu": _check_swiglu,
     "rope": _check_rope,
     "token_statistics": _check_token_statistics,
+    "squared_sum": _check_squared_sum,
     "adamw_": _check_adamw,
 }

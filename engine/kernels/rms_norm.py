@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import KernelLibrary, library_for, require, type_code
+from .library import KernelLibrary, library_for, require, require_served, type_code
 
 # Blocks of the backward pass for each multiprocessor: enough to hide the latency of memory, few enough that the
 # partial sums of the weight's gradient (one row a block) stay small.
@@ -66,6 +66,7 @@ def _alike(x: Tensor, y: Tensor) -> bool:
 
 
 def _check(operation: str, x: Tensor, weight: Tensor) -> None:
+    require_served(operation, x)
     fits = weight.dim() == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[0] and x.dtype == weight.dtype
     require(
         operation, "weight is (H,) of the type of x (…, H), H > 0", fits and weight.numel() > 0, x, weight
@@ -85,14 +86,14 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if library := library_for(x):
         normed, _, rstd = launch_forward(library, x, None, weight, eps)
         return normed, rstd
-    return _normalise(x, weight, eps)
+    return _normalise(x.contiguous(), weight, eps)
 
 
 @torch.library.custom_op("paralign::add_rms_norm", mutates_args=())
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if library := library_for(x):
         return launch_forward(library, x, residual, weight, eps)
-    total = (_wide(x) + _wide(residual)).to(x.dtype)
+    total = (_wide(x) + _wide(residual)).to(x.dtype).contiguous()
     normed, rstd = _normalise(total, weight, eps)
     return normed, total, rstd
 
@@ -106,7 +107,7 @@ def _backward(
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         blocks = BLOCKS_A_PROCESSOR * processors
         return launch_backward(library, x, weight, rstd, dy, dsum, blocks=blocks)
-    wide, dwide = _wide(x), _wide(dy)
+    wide, dwide = _wide(x.contiguous()), _wide(dy.contiguous())
     normed = wide * rstd[..., None]
     weighted = dwide * weight.to(wide.dtype)
     projection = torch.einsum("...h,...h->...", weighted, normed) / x.shape[-1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import KernelLibrary, library_for, require, type_code
+from .library import KernelLibrary, library_for, require, require_served, type_code
 
 
 def rope_ref(q_THD: Tensor, k_TGD: Tensor, positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,7 @@ def rope(q_THD: Tensor, k_TGD: Tensor, positions_T: Tensor, frequencies: Tensor)
     Raises:
         ValueError: shapes or types do not fit.
     """
+    require_served("rope", q_THD, k_TGD)
     half = frequencies.numel()
     alike = q_THD.dtype == k_TGD.dtype and positions_T.dtype == torch.int64
     fits = (
@@ -67,7 +68,8 @@ def _rope(
     """Turned forward (1.0) or back (−1.0)."""
     if library := library_for(q):
         return launch(library, q, k, positions, frequencies, direction)
-    return _rotate(q, k, positions, frequencies, direction)
+    q_out, k_out = _rotate(q, k, positions, frequencies, direction)
+    return q_out.contiguous(), k_out.contiguous()
 
 
 @_rope.register_fake

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import KernelLibrary, library_for, require, type_code
+from .library import KernelLibrary, library_for, require, require_served, type_code
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -30,8 +30,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
         (…, F).
 
     Raises:
-        ValueError: the last dimension is odd.
+        ValueError: the last dimension is odd; or another type.
     """
+    require_served("swiglu", gate_up)
     fits = gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0
     require("swiglu", "the last dimension holds gate and up, each as wide", fits, gate_up)
     return _forward(gate_up)
@@ -45,15 +46,15 @@ def _wide(x: Tensor) -> Tensor:
 def _forward(gate_up: Tensor) -> Tensor:
     if library := library_for(gate_up):
         return launch_forward(library, gate_up)
-    return swiglu_ref(gate_up)
+    return swiglu_ref(gate_up.contiguous())
 
 
 @torch.library.custom_op("paralign::swiglu_backward", mutates_args=())
 def _backward(gate_up: Tensor, dout: Tensor) -> Tensor:
     if library := library_for(gate_up):
         return launch_backward(library, gate_up, dout)
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
-    dwide = _wide(dout)
+    gate, up = _wide(gate_up.contiguous()).chunk(2, dim=-1)
+    dwide = _wide(dout.contiguous())
     dgate = torch.ops.aten.silu_backward(dwide * up, gate)
     return torch.cat((dgate, F.silu(gate).mul_(dwide)), dim=-1).to(gate_up.dtype)
 

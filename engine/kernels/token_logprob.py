@@ -15,11 +15,11 @@ from torch import Tensor
 
 from paralign.models.weight_gradient import accumulate
 
-from .library import require
+from .library import require, require_served
 from .vocab import COLUMNS, LOWEST, vocab_gradient_, vocab_partials
 
 # Logits of one chunk, in bytes. Below it the logits of all rows are kept for the backward pass (three matmuls);
-# above it they are computed again, chunk by chunk (four).
+# above it they are computed again, chunk by chunk (four), unless the gradient of the rows is known (three).
 WORKSPACE_BYTES = 256 * 2**20
 
 
@@ -74,12 +74,37 @@ def token_logprob(
     *,
     vocab_size: int,
     group: Any = None,
+    row_gradient: float | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
-    """The log-probabilities of `token_statistics` alone: float32 (R,)."""
-    return token_statistics(
-        hidden_RH, weight_VH, labels_R, vocab_size=vocab_size, group=group, workspace_bytes=workspace_bytes
-    ).logprob_R
+    """The log-probabilities of `token_statistics` alone: float32 (R,).
+
+    Args:
+        row_gradient: what the backward pass will bring for every row, where that is known beforehand: −1/N for a
+            mean negative log-likelihood over N rows. Logits that do not fit the workspace then give their gradients
+            at once, chunk by chunk, and are not computed again: three matmuls where it takes four. The weight's
+            is added to its `main_grad` in the forward pass; a weight without one, and a forward pass without
+            gradient, make no use of this.
+
+    Raises:
+        ValueError: as `token_statistics`; or the backward pass brings another gradient (on CUDA the gradient of the
+            hidden states becomes NaN).
+    """
+    _check(hidden_RH, weight_VH, labels_R)
+    n_chunks = len(_row_chunks(hidden_RH, weight_VH, workspace_bytes))
+    if row_gradient is None or n_chunks == 1 or not torch.is_grad_enabled() or not _in_place(weight_VH):
+        return token_statistics(
+            hidden_RH,
+            weight_VH,
+            labels_R,
+            vocab_size=vocab_size,
+            group=group,
+            workspace_bytes=workspace_bytes,
+        ).logprob_R
+    logprob_R: Tensor = _KnownRowGradient.apply(
+        hidden_RH, weight_VH, labels_R, row_gradient, vocab_size, group, workspace_bytes
+    )
+    return logprob_R
 
 
 def token_statistics(
@@ -114,15 +139,7 @@ def token_statistics(
         ValueError: shapes or types do not fit; more than `vocab_size` chosen; or, on the CPU, a label or a chosen
             index outside the vocabulary. On CUDA, where looking would stop the device, such a row becomes NaN.
     """
-    fits = (
-        hidden_RH.dim() == weight_VH.dim() == 2
-        and hidden_RH.shape[1] == weight_VH.shape[1]
-        and hidden_RH.dtype == weight_VH.dtype
-        and labels_R.shape == hidden_RH.shape[:1]
-        and labels_R.dtype == torch.int64
-    )
-    rule = "hidden (R, H), weight (V, H) of its type, int64 labels (R,)"
-    require("token_statistics", rule, fits, hidden_RH, weight_VH, labels_R)
+    _check(hidden_RH, weight_VH, labels_R)
     if reference is None:
         chosen_RK = labels_R.new_empty(labels_R.shape[0], 0)
         chosen_logprob_RK = chosen_RK.float()
@@ -144,9 +161,44 @@ def token_statistics(
     return TokenStatistics(logprob_R, entropy_R, None if reference is None else divergence_R)
 
 
-def _row_chunks(n_rows: int, row_bytes: int, workspace_bytes: int) -> list[slice]:
+def _check(hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor) -> None:
+    require_served("token_statistics", hidden_RH)
+    fits = (
+        hidden_RH.dim() == weight_VH.dim() == 2
+        and hidden_RH.shape[1] == weight_VH.shape[1]
+        and hidden_RH.dtype == weight_VH.dtype
+        and labels_R.shape == hidden_RH.shape[:1]
+        and labels_R.dtype == torch.int64
+    )
+    rule = "hidden (R, H), weight (V, H) of its type, int64 labels (R,)"
+    require("token_statistics", rule, fits, hidden_RH, weight_VH, labels_R)
+
+
+def _row_chunks(hidden_RH: Tensor, weight_VH: Tensor, workspace_bytes: int) -> list[slice]:
+    """Rows whose logits fit the workspace; the same on every rank, also where one has padding only."""
+    n_rows, row_bytes = hidden_RH.shape[0], weight_VH.shape[0] * weight_VH.element_size()
     step = max(1, workspace_bytes // max(1, row_bytes))
-    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)] or [slice(0, 0)]
+
+
+def _columns(weight_VH: Tensor, vocab_size: int, group: Any) -> tuple[int, int]:
+    """Where this rank's shard begins, and how many of its rows are no padding."""
+    n_columns = weight_VH.shape[0]
+    first = 0 if group is None else group.rank() * n_columns
+    return first, min(n_columns, max(0, vocab_size - first))
+
+
+def _in_place(weight: Tensor) -> bool:
+    """Whether data parallelism keeps the weight's gradient in a buffer that may be added to."""
+    return hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+
+
+def _no_partials(n_rows: int, like: Tensor) -> Tensor:
+    """What a shard without columns knows of its rows."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    partials_R7 = torch.zeros(n_rows, COLUMNS, dtype=wide, device=like.device)
+    partials_R7[:, [0, 4]] = LOWEST
+    return partials_R7
 
 
 def _outside(indices: Tensor, vocab_size: int, what: str) -> Tensor:
@@ -198,13 +250,9 @@ class _TokenStatistics(torch.autograd.Function):
         group: Any,
         workspace_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n_rows, n_columns = hidden_RH.shape[0], weight_VH.shape[0]
-        first = 0 if group is None else group.rank() * n_columns
-        real = min(n_columns, max(0, vocab_size - first))
-        chunks = _row_chunks(n_rows, real * hidden_RH.element_size(), workspace_bytes)
-        wide = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
-        partials_R7 = torch.zeros(n_rows, COLUMNS, dtype=wide, device=hidden_RH.device)
-        partials_R7[:, [0, 4]] = LOWEST
+        first, real = _columns(weight_VH, vocab_size, group)
+        chunks = _row_chunks(hidden_RH, weight_VH, workspace_bytes)
+        partials_R7 = _no_partials(hidden_RH.shape[0], hidden_RH)
         logits: Tensor | None = None
         if real > 0:
             for rows in chunks:
@@ -218,7 +266,8 @@ class _TokenStatistics(torch.autograd.Function):
             nowhere = nowhere | _outside(chosen_RK, vocab_size, "a chosen index").any(-1)
         else:
             chosen_log_sum = divergence = torch.zeros_like(log_sum)
-        logprob = torch.where(nowhere, torch.nan, label - log_sum)
+        log_sum = torch.where(nowhere, torch.nan, log_sum)  # of which the gradients are made, too
+        logprob = label - log_sum
 
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -242,9 +291,8 @@ class _TokenStatistics(torch.autograd.Function):
         # The kept logits are written over: a second backward pass computes them again.
         kept, ctx.kept = ctx.kept, None
         weight = ctx.weight
-        in_place = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
-        unwritten = in_place and not getattr(weight, "zero_out_wgrad", False)
-        grad_weight = torch.empty_like(weight_VH) if unwritten else torch.zeros_like(weight_VH)
+        in_place = _in_place(weight)
+        grad_weight = _stand_in(weight) if in_place else torch.zeros_like(weight_VH)
         sums = weight.main_grad if in_place else grad_weight
         grad_hidden = torch.zeros_like(hidden_RH)
         if ctx.real > 0:
@@ -257,6 +305,69 @@ class _TokenStatistics(torch.autograd.Function):
                 )
                 grad_hidden[rows] = logits @ real_weight
                 accumulate(hidden_RH[rows], logits, sums[: ctx.real])
-        if in_place:
-            weight.grad_added_to_main_grad = True
         return grad_hidden, grad_weight, *[None] * 6
+
+
+def _stand_in(weight: Any) -> Tensor:
+    """A gradient for a weight whose own went to `main_grad`: data parallelism waits for one and does not read it.
+
+    Unless the embedding shares the weight, and autograd adds the two.
+    """
+    weight.grad_added_to_main_grad = True
+    shared = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if shared else torch.empty_like(weight)
+
+
+class _KnownRowGradient(torch.autograd.Function):
+    """Log-probabilities whose gradients are made in the forward pass; two small collectives for each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Any,
+        labels_R: Tensor,
+        row_gradient: float,
+        vocab_size: int,
+        group: Any,
+        workspace_bytes: int,
+    ) -> Tensor:
+        first, real = _columns(weight_VH, vocab_size, group)
+        nowhere = _outside(labels_R, vocab_size, "the label")
+        real_weight = weight_VH[:real]
+        grad_hidden = torch.zeros_like(hidden_RH)
+        logprobs = []
+        for rows in _row_chunks(hidden_RH, weight_VH, workspace_bytes):
+            hidden, labels = hidden_RH[rows], labels_R[rows]
+            chosen = labels.new_empty(labels.shape[0], 0)
+            if real > 0:
+                logits = hidden @ real_weight.t()
+                partials_R7 = vocab_partials(logits, labels, chosen, chosen.float(), first)
+            else:
+                partials_R7 = _no_partials(hidden.shape[0], hidden)
+            log_sum, label, *_ = _over_all_shards(partials_R7, group)
+            log_sum = torch.where(nowhere[rows], torch.nan, log_sum)
+            logprobs.append(label - log_sum)
+            if real > 0:
+                rows_R7 = torch.zeros_like(partials_R7)
+                rows_R7[:, 0], rows_R7[:, 1] = log_sum, row_gradient
+                vocab_gradient_(logits, labels, rows_R7, chosen, chosen.float(), first)
+                grad_hidden[rows] = logits @ real_weight
+                accumulate(hidden, logits, weight_VH.main_grad[:real])
+        ctx.save_for_backward(grad_hidden)
+        ctx.weight, ctx.row_gradient = weight_VH, row_gradient
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad_hidden,) = ctx.saved_tensors
+        known_R = torch.full_like(grad_R, ctx.row_gradient)
+        agrees = torch.isclose(grad_R, known_R, rtol=1e-5, atol=0.0)
+        if not grad_R.is_cuda and not agrees.all():
+            row = int(agrees.logical_not().nonzero()[0])
+            raise ValueError(
+                f"token_logprob: row_gradient was given as {ctx.row_gradient}, and the backward pass brought "
+                f"{grad_R[row].item()} for row {row}; give none for a loss that is no such sum"
+            )
+        grad_hidden = torch.where(agrees[:, None], grad_hidden, torch.nan)
+        return grad_hidden, _stand_in(ctx.weight), *[None] * 5

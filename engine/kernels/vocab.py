@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import KernelLibrary, library_for, require, type_code
+from .library import KernelLibrary, library_for, require, require_served, type_code
 
 LOWEST = torch.finfo(torch.float32).min  # the maximum of nothing: −∞ would make NaN of a difference
 COLUMNS = 7  # top, weight, moment, label's logit; top, weight, moment of the chosen
@@ -63,6 +63,7 @@ def vocab_gradient_(
 
 
 def _check(operation: str, logits: Tensor, labels: Tensor, chosen: Tensor, chosen_logprob: Tensor) -> None:
+    require_served(operation, logits)
     fits = (
         logits.dim() == chosen.dim() == 2
         and logits.is_contiguous()
@@ -162,18 +163,8 @@ def launch_partials(
     if rows:
         library.call(
             "vocab_partials",
-            *(
-                logits,
-                labels,
-                chosen,
-                chosen_logprob,
-                out,
-                rows,
-                columns,
-                first_column,
-                chosen.shape[1],
-                code,
-            ),
+            *(logits, labels, chosen, chosen_logprob, out),
+            *(rows, columns, first_column, chosen.shape[1], code),
         )
     return out
 

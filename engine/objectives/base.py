@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch
+from ..batch import Column, Head, LossSum, PackedBatch, Unit
 
 
 class Objective(Protocol):
@@ -38,6 +38,15 @@ class Objective(Protocol):
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """Metrics by name, from the sums and counts of everything that was measured."""
+        ...
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """An objective whose loss is one number times the sum of what the head gave."""
+
+    def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:
+        """That number, with the loss divided by its count; None if it is not known after all."""
         ...
 
 

@@ -5,13 +5,13 @@ Shape suffixes: T rows of a pack, S segments of it, R rows with a loss, C curves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..batch import Column, LossSum, PackedBatch
-from .base import Objective, means
+from ..batch import Column, LossSum, PackedBatch, Unit
+from .base import Linear, Objective, means
 
 
 class BySource:
@@ -34,6 +34,10 @@ class BySource:
         """Sums over one pack; see Objective."""
         inner = self._objective.loss(out, batch)
         return LossSum(inner.totals, torch.cat((inner.metrics, self._by_source(out.detach(), batch))))
+
+    def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:
+        """The objective's own; see Linear."""
+        return self._objective.row_gradient(counts) if isinstance(self._objective, Linear) else None
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """The objective's metrics, and the curves of those sources that had a token with a loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -35,6 +35,10 @@ class SFT:
         """Sums over one pack; see Objective."""
         total = -out.sum()
         return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
+
+    def row_gradient(self, counts: Mapping[Unit, int]) -> float:
+        """See Linear."""
+        return -1 / max(1, counts[Unit.TOKEN])
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """Nothing but the loss."""

@@ -1,7 +1,7 @@
 """Where a run reports to while it runs: metrics.jsonl and the console. Measures nothing and plots nothing.
 
 Names: loss, loss/SOURCE where there are several, grad_norm, learning_rate, tokens_per_second (all GPUs),
-tflops_per_gpu, mfu, samples, validation/NAME/loss.
+tflops_per_gpu, mfu, peak_memory_gb (of the fullest rank), samples, validation/NAME/loss.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rich.text import Text
 
 from paralign.models.errors import ParalignError
 
+from .config import ObserveConfig
+
 _SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
     "grad_norm": lambda value: f"grad_norm {value:.3f}",
@@ -30,6 +32,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
     "tflops_per_gpu": lambda value: f"{value:.3g} TFLOP/s/GPU",
     "mfu": lambda value: f"MFU {value:.1%}",
+    "peak_memory_gb": lambda value: f"{value:.1f} GB",
 }
 
 
@@ -49,11 +52,32 @@ class MetricsLog:
         self._sinks = sinks
 
     @classmethod
-    def for_rank(cls, rank: int, run_dir: Path, *, first_step: int, total_steps: int) -> MetricsLog:
-        """Rank 0 writes metrics.jsonl and the console, the others nothing."""
+    def for_rank(
+        cls,
+        rank: int,
+        run_dir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        config: ObserveConfig,
+        recipe: str,
+    ) -> MetricsLog:
+        """Rank 0 writes metrics.jsonl, the console and what the recipe names besides; the others nothing.
+
+        Args:
+            recipe: the resolved recipe, YAML.
+        """
         if rank != 0:
             return cls()
-        return cls(JsonLines(run_dir, first_step), ConsoleLog(first_step, total_steps))
+        sinks: list[Sink] = [JsonLines(run_dir, first_step), ConsoleLog(first_step, total_steps)]
+        if config.tensorboard or config.wandb:
+            from .trackers import TensorBoard, WeightsAndBiases
+
+            if config.tensorboard:
+                sinks.append(TensorBoard(run_dir, first_step, recipe))
+            if config.wandb:
+                sinks.append(WeightsAndBiases(config.wandb, run_dir, recipe))
+        return cls(*sinks)
 
     def start(self, facts: Mapping[str, str]) -> None:
         """Shows what is about to run."""

@@ -58,6 +58,7 @@ struct Device {
   Index grid, block, block_index;
   unsigned char* shared = nullptr;
   Order order = Order::forward;
+  unsigned last_blocks = ~0u;  // how many of a launch's blocks run, its last ones
   std::mt19937 random{0};
   const char* error = nullptr;
 };
@@ -155,7 +156,8 @@ void launch(unsigned grid, unsigned threads, size_t shared_bytes, F kernel) {
   device.grid.x = grid;
   device.block.x = threads;
   device.kernel = kernel;
-  for (device.block_index.x = 0; device.block_index.x < grid && !device.error; ++device.block_index.x)
+  device.block_index.x = grid > device.last_blocks ? grid - device.last_blocks : 0;
+  for (; device.block_index.x < grid && !device.error; ++device.block_index.x)
     device.error = run_block(threads, shared_bytes);
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,20 @@ def test_resumed_reward_model_equals_uninterrupted(toy: Path, ranks: RankPool) -
     )
     assert whole.keys() == resumed.keys()
     assert torch.allclose(whole["score.weight"], resumed["score.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [DPO, KTO], ids=["dpo", "kto"])
+def test_resumed_at_another_layout_goes_on_alike(
+    objective: dict[str, Any], toy: Path, ranks: RankPool
+) -> None:
+    """The reference, and KTO's mismatched answers, are those of the same steps."""
+    straight, resumed = toy / f"{objective['name']}-straight", toy / f"{objective['name']}-resumed"
+    ranks.run(2, train_recipe, _recipe(toy, straight.name, {"tensor_model_parallel_size": 2}, objective))
+    shutil.copytree(straight / "checkpoints/iter_0000003", resumed / "checkpoints/iter_0000003")
+    ranks.run(1, train_recipe, _recipe(toy, resumed.name, {}, objective))
+    lines = [line for line in read_metrics(resumed) if "loss" in line]
+    assert [line["step"] for line in lines] == [3, 4, 5]
+    assert [line["loss"] for line in lines] == pytest.approx(_losses(straight)[3:], rel=1e-5)
 
 
 def test_transformers_opens_the_reward_model_with_equal_scores(

@@ -50,6 +50,10 @@ class EachRow:
         return LossSum({Unit.TOKEN: out.sum()}, torch.stack((out, torch.ones_like(out)), dim=1).double())
 
 
+def _never(name: str) -> Tensor:
+    raise AssertionError(f"{name}: only the first copy of the model reads")
+
+
 def round_trip(
     rank: int, world_size: int, source: Path, target: Path, keys: dict[str, Any], dtype: str
 ) -> list[float]:
@@ -63,7 +67,7 @@ def round_trip(
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
         config = transformer_config(reader.arch, layout, model)
         chunks = build_chunks(config, reader.arch, mesh, choose_parts())
-        load_weights(chunks, reader.arch, mesh, reader.read)
+        load_weights(chunks, reader.arch, mesh, reader.read if mesh.dp_rank == 0 else _never)
         real, empty = (pack_batch(samples, ROWS, mesh.device) for samples in (SAMPLES, []))
         packs = [real if mesh.dp_rank == 0 else empty, empty]
         batch = StepBatch(packs, {Unit.TOKEN: 1}, n_samples=1, n_tokens=1, sample_ids=())

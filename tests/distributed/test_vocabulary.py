@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paralign.engine.kernels.token_logprob import TopK, token_statistics, token_statistics_ref
+from paralign.engine.kernels.token_logprob import (
+    TopK,
+    token_logprob,
+    token_statistics,
+    token_statistics_ref,
+)
 
 from .pool import RankPool
 
@@ -55,6 +62,43 @@ def test_shards_equal_the_whole(world_size: int, columns: int, ranks: RankPool) 
     results = ranks.run(world_size, on_ranks, columns)
     for statistics, hidden_gradient, _ in results:
         torch.testing.assert_close(statistics, [x.detach() for x in expected])
+        torch.testing.assert_close(hidden_gradient, hidden.grad)
+    whole = torch.cat([shard for _, _, shard in results])
+    torch.testing.assert_close(whole[:VOCABULARY], weight.grad)
+    assert not whole[VOCABULARY:].any()
+
+
+def known_on_ranks(rank: int, world_size: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, and gradients of half their negative sum, made in the forward pass."""
+    hidden, weight, labels, _, _ = _inputs()
+    padded = torch.zeros(columns * world_size, HIDDEN, dtype=torch.float64)
+    padded[:VOCABULARY] = weight
+    shard: Any = padded[rank * columns : (rank + 1) * columns].clone().requires_grad_()
+    shard.main_grad, shard.grad_added_to_main_grad = torch.zeros_like(shard), False
+    hidden.requires_grad_()
+    logprobs = token_logprob(
+        *(hidden, shard, labels),
+        **{"vocab_size": VOCABULARY, "group": dist.group.WORLD, "row_gradient": -0.5},
+        workspace_bytes=2 * columns * 8,
+    )
+    made = shard.main_grad.clone()
+    (-0.5 * logprobs.sum()).backward()
+    assert torch.equal(made, shard.main_grad)
+    assert hidden.grad is not None
+    dist.all_reduce(hidden.grad)
+    return logprobs.detach(), hidden.grad, made
+
+
+@pytest.mark.parametrize(("world_size", "columns"), [(3, 8), (4, 8)], ids=["3", "4, one all padding"])
+def test_gradients_known_beforehand_over_shards(world_size: int, columns: int, ranks: RankPool) -> None:
+    hidden, weight, labels, _, _ = _inputs()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    expected = token_statistics_ref(hidden, weight, labels).logprob_R
+    (-0.5 * expected.sum()).backward()
+    results = ranks.run(world_size, known_on_ranks, columns)
+    for logprobs, hidden_gradient, _ in results:
+        torch.testing.assert_close(logprobs, expected.detach())
         torch.testing.assert_close(hidden_gradient, hidden.grad)
     whole = torch.cat([shard for _, _, shard in results])
     torch.testing.assert_close(whole[:VOCABULARY], weight.grad)

@@ -65,7 +65,7 @@ def write_recipe(directory: Path, name: str, layout: dict[str, Any], **changes: 
     }
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
-        recipe[section][leaf] = value
+        recipe.setdefault(section, {})[leaf] = value
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

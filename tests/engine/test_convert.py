@@ -164,8 +164,8 @@ class Forgetful(HFSource):
 
     def stored(self, rule):
         return {
-            name: tensor + 1 if name == "model.layers.1.mlp.up_proj.weight" else tensor
-            for name, tensor in super().stored(rule).items()
+            name: [part + 1 for part in parts] if name == "model.layers.1.mlp.up_proj.weight" else parts
+            for name, parts in super().stored(rule).items()
         }
 
 

@@ -230,6 +230,14 @@ BROKEN = {
         lambda d: shard_of(d, "model.norm.weight").unlink(),
         r"model-0000.*safetensors: there is no such file",
     ),
+    "extra shard": (
+        lambda d: shutil.copy(shard_of(d, "model.norm.weight"), d / "model-00099-of-00099.safetensors"),
+        r"holds model-00099-of-00099.safetensors, which model.safetensors.index.json does not name",
+    ),
+    "shards beside a whole file": (
+        lambda d: shutil.copy(shard_of(d, "model.norm.weight"), d / "model.safetensors"),
+        r"holds model-00001-of-\d+.safetensors.* beside model.safetensors; two saves are mixed",
+    ),
     "truncated shard": (truncate, r"model-0000.*bytes, its header says"),
     "LFS pointer": (point_to_lfs, r"no safetensors header.*git lfs pull"),
     "no weights": (only_pickles, r"found pytorch_model.bin; save the model with"),

@@ -127,12 +127,12 @@ def test_sections_that_contradict_each_other_are_refused(
 
 def test_every_key_has_a_meaning() -> None:
     """What a missing key means is quoted from its section's docstring."""
-    from paralign.engine.config import _meaning
+    from paralign.engine.config import meaning
 
     def silent(section: type, prefix: str = "") -> list[str]:
         found = []
         for name, field in section.model_fields.items():  # type: ignore[attr-defined]
-            found += [] if _meaning(section, name) else [prefix + name]
+            found += [] if meaning(section, name) else [prefix + name]
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 found += silent(field.annotation, f"{prefix}{name}.")
         return found

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from paralign.engine.data.loader import pack_batch
 from paralign.models import arch_from_hf
-from paralign.models.attention import apply_rotary, inverse_frequencies, rotary_table, sdpa_attention
+from paralign.models import attention as module
+from paralign.models.attention import (
+    alibi_attention,
+    apply_rotary,
+    choose_kernel,
+    flash_attention,
+    inverse_frequencies,
+    rotary_table,
+    sdpa_attention,
+    varlen_attention,
+)
+from paralign.models.errors import RecipeError
 from paralign.models.segments import Segments
 
 LLAMA_31 = {
@@ -78,3 +93,119 @@ def test_shared_keys_equal_copied_keys() -> None:
     plain = Segments(bounds=((0, len(rows), 0, len(rows)),))
     expected = sdpa_attention(q[rows], k[rows], v[rows], plain, 1.0)
     torch.testing.assert_close(out[p + c :], expected[p - 1 :])
+
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "alibi", "installed", "expected"),
+    [
+        (GPU, torch.bfloat16, False, True, flash_attention),
+        (GPU, torch.bfloat16, False, False, varlen_attention),
+        (GPU, torch.bfloat16, True, True, flash_attention),
+        (GPU, torch.bfloat16, True, False, alibi_attention),
+        (GPU, torch.float32, False, True, sdpa_attention),
+        (CPU, torch.float32, False, True, sdpa_attention),
+        (CPU, torch.float32, True, False, alibi_attention),
+    ],
+)
+def test_the_fastest_kernel_that_serves(
+    device: torch.device,
+    dtype: torch.dtype,
+    alibi: bool,
+    installed: bool,
+    expected: module.Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object() if installed else None)
+    assert choose_kernel(device, dtype, alibi=alibi) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "alibi", "backend", "why"),
+    [
+        (CPU, torch.bfloat16, False, "flash", "runs on GPUs in bf16"),
+        (GPU, torch.float32, False, "varlen", "float32 on cuda"),
+        (GPU, torch.bfloat16, True, "varlen", "ALiBi"),
+        (GPU, torch.bfloat16, False, "flash", r"pip install .paralign\[gpu\]"),
+    ],
+)
+def test_a_kernel_that_does_not_serve_is_refused(
+    device: torch.device,
+    dtype: torch.dtype,
+    alibi: bool,
+    backend: module.Backend,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=f"model.attention_backend: {backend} .*{why}.*auto"):
+        choose_kernel(device, dtype, alibi=alibi, backend=backend)
+
+
+def test_flash_attn_is_called_with_our_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is replaced by its documented meaning, written out; the real one needs a GPU."""
+    torch.manual_seed(0)
+    segments = pack_batch([([1] * n, [True] * n) for n in (5, 9)], 14, CPU).segments
+    q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
+
+    def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, alibi_slopes, deterministic):
+        assert causal
+        assert not deterministic
+        assert (max_q, max_k) == (9, 9)
+        out = torch.empty_like(q)
+        for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+            rows, keys = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)[None]
+            for head in range(q.shape[1]):
+                scores = q[a:b, head] @ k[c:d, head // 2].t() * softmax_scale
+                if alibi_slopes is not None:
+                    scores = scores - alibi_slopes[head] * (rows - keys).abs()
+                weights = scores.masked_fill(keys > rows, -torch.inf).softmax(-1)
+                out[a:b, head] = weights @ v[c:d, head // 2]
+        return out
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=documented))
+    torch.testing.assert_close(
+        flash_attention(q, k, v, segments, 0.3), sdpa_attention(q, k, v, segments, 0.3)
+    )
+    segments.alibi_slopes_H = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    torch.testing.assert_close(
+        flash_attention(q, k, v, segments, 0.3), alibi_attention(q, k, v, segments, 0.3)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [varlen_attention, flash_attention])
+@pytest.mark.parametrize("shared", [False, True])
+def test_kernels_of_the_gpu_equal_sdpa(kernel: module.Kernel, shared: bool) -> None:
+    """bf16 outputs and gradients are as near to fp32 as torch's own attention is, times two."""
+    if kernel is flash_attention:
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    if shared:
+        p, c, r = 300, 200, 77
+        rows, keys = [0, p + c, p + c + 1 + r], [0, p + c, p + c + p + r]
+        index = [*range(p + c), *range(p - 1), *range(p + c, p + c + 1 + r)]
+    else:
+        rows = keys = [0, 500, 501, 640]
+        index = list(range(640))
+    q, k, v, gradient = (torch.randn(rows[-1], heads, 64, device=GPU) for heads in (8, 2, 2, 8))
+    segments = Segments(
+        cu_seqlens_q=torch.tensor(rows, dtype=torch.int32, device=GPU),
+        cu_seqlens_kv=torch.tensor(keys, dtype=torch.int32, device=GPU),
+        max_seqlen_q=max(b - a for a, b in pairwise(rows)),
+        max_seqlen_kv=max(b - a for a, b in pairwise(keys)),
+        bounds=tuple((a, b, c, d) for (a, b), (c, d) in zip(pairwise(rows), pairwise(keys))),
+    )
+
+    def run(attend: module.Kernel, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(leaves[0], leaves[1][index], leaves[2][index], segments, 0.125)
+        out.backward(gradient.to(dtype))
+        return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    exact, theirs = run(sdpa_attention, torch.float32), run(sdpa_attention, torch.bfloat16)
+    for ours, reference, other in zip(run(kernel, torch.bfloat16), exact, theirs, strict=True):
+        allowed = 2 * (other.float() - reference).abs().max()
+        assert (ours.float() - reference).abs().max() <= allowed

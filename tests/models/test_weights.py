@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paralign.models import FAMILIES, parameter_count, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule, SplitPackedQKV, StackQKV, bit_equal
+from paralign.models.weights import Rule, SplitPackedQKV, StackQKV, bit_equal, in_blocks
 
 
 def arch(family="qwen2", groups=8, heads_per_group=2, head_dim=4, hidden=24, ffn=16, vocab=37, tied=False):
@@ -73,6 +73,10 @@ def test_slices_of_all_ranks_join_to_the_original(
         joined = rule.join(shards)
         assert list(joined) == list(rule.hf)
         assert all(bit_equal(joined[name], weights[name]) for name in rule.hf), rule.native
+        whole = torch.cat(rule.parts(weights.__getitem__))
+        assert bit_equal(whole, rule.slice(weights.__getitem__, 0, 1)), rule.native
+        back = {name: torch.cat(parts) for name, parts in rule.hf_parts(whole).items()}
+        assert all(bit_equal(back[name], weights[name]) for name in rule.hf), rule.native
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -200,6 +204,37 @@ def test_copies_that_drifted_apart_are_refused():
     assert norm.join([torch.ones(2), torch.ones(2)])["model.norm.weight"].tolist() == [1, 1]
     with pytest.raises(WeightsError, match=r"final_layernorm.*copies that differ"):
         norm.join([torch.ones(2), torch.tensor([1.0, 1.0001])])
+
+
+def test_parts_are_views():
+    for rule in rules_for(arch("baichuan")):
+        weights = random_weights([rule], torch.bfloat16, 0)
+        inside = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+        assert {part.untyped_storage().data_ptr() for part in rule.parts(weights.__getitem__)} <= inside
+
+
+@given(
+    cuts=st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size=3),
+    elements=st.integers(1, 9),
+)
+def test_blocks_meet_however_a_tensor_is_cut(cuts, elements):
+    whole = torch.arange(60).view(30, 2)
+    sides = [whole.tensor_split(sorted(side)) for side in cuts]
+    found = list(in_blocks(*sides, elements=elements))
+    assert all(torch.equal(block, first) for first, *others in found for block in others)
+    assert max(first.numel() for first, *_ in found) <= elements
+    assert torch.equal(torch.cat([first for first, *_ in found]), whole.view(-1))
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+@pytest.mark.parametrize("length", [0, 1, 7, 16])
+def test_one_bit_of_any_stretch_counts(start, length):
+    left = torch.arange(24, dtype=torch.int16)
+    right = left.clone()
+    assert bit_equal(left[start : start + length], right[start : start + length])
+    if length:
+        right[start + length - 1] ^= 1
+        assert not bit_equal(left[start : start + length], right[start : start + length])
 
 
 def test_bits_not_values_are_compared():

@@ -93,6 +93,31 @@ def test_statistics_are_those_of_the_first_epoch(project: Path) -> None:
         assert count == np.count_nonzero((cache.lengths >= low) & (cache.lengths <= high))
 
 
+PREFERENCES = {
+    "dpo": [{"prompt": "hi", "chosen": "yo yo", "rejected": "yo"}, {"prompt": "hi", "chosen": "yo"}],
+    "kto": [{"prompt": "hi", "completion": "yo", "label": i == 0} for i in range(2)],
+}
+
+
+@pytest.mark.parametrize(("objective", "kind"), [("dpo", "pairs, chosen"), ("kto", "labelled")])
+def test_preferences_are_inspected_and_packed_too(project: Path, objective: str, kind: str) -> None:
+    records = PREFERENCES[objective]
+    (project / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    keys = (
+        "objective={name: " + objective + ", beta: 0.1}",
+        "data.train=pairs.jsonl",
+        "data.validation={}",
+        "train.eval_every_steps=null",
+    )
+    shown = run("inspect", "recipe.yaml", *keys)
+    assert f"({kind})  pairs.jsonl:1" in shown
+    assert "⟦yo⟧⟦<|im_end|>⟧" in shown
+    assert ("pairs.jsonl:2: " in shown) == (objective == "dpo"), "a pair without its rejected answer"
+    shown = run("pack", "recipe.yaml", *keys, "data.bad_record=skip")
+    assert ("left out     1 that cannot be read" in shown) == (objective == "dpo")
+    assert "in a pack" in shown
+
+
 def test_the_commands_start_without_megatron(project: Path) -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from paralign.engine.cli import app\n"

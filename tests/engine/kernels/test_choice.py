@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from paralign.engine.cli import app
 from paralign.engine.kernels import build, library, parts
 from paralign.engine.kernels.library import Found, find_library, library_for, sources_digest
-from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused_parts, torch_parts
+from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused, fused_parts, torch_parts
 from paralign.models.errors import RecipeError
 
 
@@ -33,10 +33,15 @@ def test_without_kernels_torch_runs_and_with_them_our_operations(
     not_built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose_parts("auto") == torch_parts() == choose_parts("reference")
+    assert not fused("auto")
+    assert not fused("reference")
     assert library_for(torch.ones(1)) is None
     found = Found(object(), ("sm_90", "PTX 90"))  # type: ignore[arg-type]
     monkeypatch.setattr(parts, "find_library", lambda: found)
     assert choose_parts("auto") == choose_parts("required") == fused_parts()
+    assert fused("auto")
+    assert fused("required")
+    assert not fused("reference")
     assert choose_parts("reference") == torch_parts()
     assert describe_kernels("auto") == "CUDA, sm_90, PTX 90"
     assert describe_kernels("reference") == "torch, as the recipe says"
@@ -92,7 +97,7 @@ def test_the_digest_follows_every_source(tmp_path: Path) -> None:
 def test_the_command_lists_every_operation_and_its_self_check() -> None:
     result = CliRunner().invoke(app, ["kernels"])
     assert result.exit_code == 0, result.output
-    for name in ("rms_norm", "add_rms_norm", "swiglu", "rope", "token_statistics", "adamw_"):
+    for name in ("rms_norm", "add_rms_norm", "swiglu", "rope", "token_statistics", "squared_sum", "adamw_"):
         assert name in result.output
     assert "agrees" in result.output
     assert "DIFFERS" not in result.output

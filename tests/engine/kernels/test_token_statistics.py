@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from paralign.engine.kernels import token_logprob as head
 from paralign.engine.kernels.token_logprob import (
     TokenStatistics,
     TopK,
@@ -17,13 +22,17 @@ from paralign.engine.kernels.token_logprob import (
 ROWS, HIDDEN, VOCABULARY, K = 5, 8, 11, 4
 
 
-def make(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, TopK]:
+def make(
+    dtype: torch.dtype = torch.float64, scale: float = 1.0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, TopK]:
     generator = torch.Generator().manual_seed(0)
-    hidden = (torch.randn(ROWS, HIDDEN, generator=generator, dtype=dtype) * scale).requires_grad_()
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=dtype).requires_grad_()
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=dtype) * scale
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=dtype)
     labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
     indices = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:K] for _ in range(ROWS)])
-    return hidden, weight, labels, TopK(indices, torch.randn(ROWS, K, generator=generator, dtype=dtype))
+    logprobs = torch.randn(ROWS, K, generator=generator, dtype=dtype)
+    leaves = hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()
+    return *leaves, labels.to(device), TopK(indices.to(device), logprobs.to(device))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +81,8 @@ def test_divergence_from_itself_is_zero_and_never_negative() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
-def test_huge_and_tiny_logits(scale: float) -> None:
-    hidden, weight, labels, reference = make(torch.float32, scale)
+def test_huge_and_tiny_logits(scale: float, device: torch.device) -> None:
+    hidden, weight, labels, reference = make(torch.float32, scale, device)
     actual = token_statistics(hidden, weight, labels, vocab_size=VOCABULARY, reference=reference)
     exact = token_statistics_ref(
         hidden.double(), weight.double(), labels, TopK(reference.indices_RK, reference.logprobs_RK.double())
@@ -95,29 +104,29 @@ def test_padding_of_the_vocabulary_has_no_probability() -> None:
     assert not padded.grad[VOCABULARY:].any()
 
 
-def test_no_row_still_gives_every_parameter_a_gradient() -> None:
-    _, weight, _, _ = make()
-    hidden = torch.empty(0, HIDDEN, dtype=torch.float64, requires_grad=True)
-    token_logprob(hidden, weight, torch.empty(0, dtype=torch.int64), vocab_size=VOCABULARY).sum().backward()
+def test_no_row_still_gives_every_parameter_a_gradient(device: torch.device) -> None:
+    _, weight, labels, _ = make(torch.float32, device=device)
+    hidden = torch.empty(0, HIDDEN, device=device, requires_grad=True)
+    token_logprob(hidden, weight, labels[:0], vocab_size=VOCABULARY, row_gradient=1.0).sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 
 
-def test_a_second_backward_pass_gives_the_same() -> None:
+def test_a_second_backward_pass_gives_the_same(device: torch.device) -> None:
     """The first one writes the gradient over the logits it had kept."""
-    hidden, weight, labels, _ = make()
+    hidden, weight, labels, _ = make(torch.float32, device=device)
     total = token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum()
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(total, (hidden, weight)), first)
 
 
 @pytest.mark.parametrize("also_elsewhere", [False, True])
-def test_the_weights_gradient_goes_to_main_grad(also_elsewhere: bool) -> None:
+def test_the_weights_gradient_goes_to_main_grad(also_elsewhere: bool, device: torch.device) -> None:
     """`zero_out_wgrad` is Megatron's mark of a weight that the embedding adds to as well."""
-    hidden, weight, labels, _ = make(torch.float32)
+    hidden, weight, labels, _ = make(torch.float32, device=device)
     token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum().backward()
     expected, weight.grad = weight.grad, None
-    weight.main_grad = torch.ones(VOCABULARY, HIDDEN)  # type: ignore[attr-defined]
+    weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     weight.zero_out_wgrad = also_elsewhere  # type: ignore[attr-defined]
     token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum().backward()
@@ -125,6 +134,111 @@ def test_the_weights_gradient_goes_to_main_grad(also_elsewhere: bool) -> None:
     assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
     assert weight.grad is not None  # data parallelism waits for one
     assert not also_elsewhere or not weight.grad.any()
+
+
+TWO_ROWS = 2 * VOCABULARY * 8  # a workspace that holds the logits of two of the five rows
+
+
+def with_main_grad(weight: Tensor) -> Tensor:
+    """As Megatron's data parallelism leaves a parameter."""
+    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    return weight
+
+
+@contextmanager
+def counting_products() -> Iterator[list[Tensor]]:
+    """Matrix products of the vocabulary's size while it is open."""
+    seen: list[Tensor] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+            result = function(*arguments, **(options or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+                seen.append(result)
+            return result
+
+    with Mode():
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("known", "workspace_bytes", "products"),
+    [(False, 2**20, 3), (False, TWO_ROWS, 4 * 3), (True, TWO_ROWS, 3 * 3), (True, 1, 3 * 5)],
+    ids=["logits kept", "computed again", "gradient known", "gradient known, row by row"],
+)
+def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
+    known: bool, workspace_bytes: int, products: int
+) -> None:
+    hidden, weight, labels, _ = make()
+    wanted = torch.autograd.grad(
+        token_statistics_ref(hidden, weight, labels).logprob_R.sum() * -0.25, (hidden, weight)
+    )
+    weight = with_main_grad(weight)
+    with counting_products() as seen:
+        logprobs = token_logprob(
+            hidden,
+            weight,
+            labels,
+            vocab_size=VOCABULARY,
+            row_gradient=-0.25 if known else None,
+            workspace_bytes=workspace_bytes,
+        )
+        (logprobs.sum() * -0.25).backward()
+    assert len(seen) == products
+    torch.testing.assert_close(logprobs, token_statistics_ref(hidden, weight, labels).logprob_R)
+    torch.testing.assert_close((hidden.grad, weight.main_grad), wanted)  # type: ignore[attr-defined]
+
+
+def test_a_known_gradient_goes_unused_without_a_buffer_or_without_a_backward_pass() -> None:
+    hidden, weight, labels, _ = make()
+    options = {"vocab_size": VOCABULARY, "row_gradient": -1.0, "workspace_bytes": TWO_ROWS}
+    (-token_logprob(hidden, weight, labels, **options)).sum().backward()
+    wanted = torch.autograd.grad(token_statistics_ref(hidden, weight, labels).logprob_R.sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, -wanted)
+    weight = with_main_grad(weight)
+    with torch.no_grad():
+        token_logprob(hidden, weight, labels, **options)
+    assert not weight.main_grad.any()  # type: ignore[attr-defined]
+
+
+def test_another_gradient_than_the_known_one_is_an_error() -> None:
+    hidden, weight, labels, _ = make()
+    logprobs = token_logprob(
+        hidden,
+        with_main_grad(weight),
+        labels,
+        vocab_size=VOCABULARY,
+        row_gradient=-1.0,
+        workspace_bytes=TWO_ROWS,
+    )
+    with pytest.raises(
+        ValueError, match=r"row_gradient was given as -1\.0, .* brought -2\.0 for row 3; give none"
+    ):
+        (logprobs * torch.tensor([-1.0, -1, -1, -2, -1])).sum().backward()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_nobody_may_look_a_label_outside_ruins_its_gradient_too(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: the norm of the gradient is not finite, and the step is refused."""
+    monkeypatch.setattr(head, "_outside", lambda indices, size, _: (indices < 0) | (indices >= size))
+    hidden, weight, labels, _ = make()
+    labels[1] = VOCABULARY
+    logprobs = token_logprob(
+        hidden,
+        with_main_grad(weight),
+        labels,
+        vocab_size=VOCABULARY,
+        row_gradient=1.0 if known else None,
+        workspace_bytes=TWO_ROWS,
+    )
+    assert logprobs.isnan().tolist() == [False, True, False, False, False]
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().any(1).tolist() == [False, True, False, False, False]
+    assert weight.main_grad.isnan().any()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +257,10 @@ def test_the_weights_gradient_goes_to_main_grad(also_elsewhere: bool) -> None:
         ),
         ({"reference": TopK(torch.zeros(5, 12).long(), torch.zeros(5, 12))}, "0 < K ≤ 11, the vocabulary"),
         ({"reference": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 2))}, r"\(R, K\)"),
+        (
+            {"hidden_RH": torch.zeros(5, 8).long(), "weight_VH": torch.zeros(11, 8).long()},
+            r"token_statistics: int64 of shape \(5, 8\), stride \(8, 1\); it takes float32",
+        ),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:

@@ -8,7 +8,9 @@ import torch
 
 from paralign.engine.batch import Column, PackedBatch, Unit
 from paralign.engine.data.loader import NO_SOURCE, pack_batch
+from paralign.engine.objectives.base import Linear
 from paralign.engine.objectives.by_source import BySource
+from paralign.engine.objectives.dpo import DPO, DPOConfig
 from paralign.engine.objectives.sft import SFT
 
 SAMPLES = [(4, 2), (3, 1), (6, 5)]  # tokens, and how many at the end are learned
@@ -51,3 +53,19 @@ def test_a_pack_without_sources_adds_nothing():
     found = BySource(SFT(), ["chat", "code"]).loss(logprobs(pack), pack)
     assert found.metrics.tolist() == [[0, 0], [0, 0]]
     assert found.totals[Unit.TOKEN] == pytest.approx(36)
+
+
+def test_the_known_gradient_is_that_of_the_divided_loss():
+    pack, counts = batch(), {Unit.TOKEN: 80}
+    for objective in (SFT(), BySource(SFT(), ["chat", "code", "chat"])):
+        assert isinstance(objective, Linear)
+        out = logprobs(pack).requires_grad_()
+        (objective.loss(out, pack).totals[Unit.TOKEN] / counts[Unit.TOKEN]).backward()
+        assert out.grad is not None
+        assert out.grad[pack.loss_rows].tolist() == pytest.approx([objective.row_gradient(counts)] * 8)
+
+
+def test_a_loss_that_is_no_such_sum_has_no_known_gradient():
+    dpo = DPO(DPOConfig(name="dpo", beta=0.1))
+    assert not isinstance(dpo, Linear)
+    assert BySource(dpo, ["chat"]).row_gradient({Unit.PAIR: 1}) is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from paralign.engine.observe.config import ObserveConfig
 from paralign.engine.observe.metrics import ConsoleLog, JsonLines, MetricsLog, read_metrics
 from paralign.models.errors import ParalignError
 
@@ -52,7 +53,9 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    log = MetricsLog.for_rank(1, tmp_path / "run", first_step=0, total_steps=2)
+    log = MetricsLog.for_rank(
+        1, tmp_path / "run", first_step=0, total_steps=2, config=ObserveConfig(), recipe=""
+    )
     log.start({"model": "tiny"})
     log.log(0, {"loss": 1.0})
     log.close()

@@ -1,4 +1,4 @@
-"""The shipped CUDA sources, run on the CPU in three thread orders, against the references."""
+"""The shipped CUDA sources against the references: on the CPU in three thread orders, and on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from paralign.engine.kernels import adamw, rms_norm, rope, swiglu, vocab
 from paralign.engine.kernels.library import KernelLibrary
+
+from .conftest import Runner, copy_as_it_lies
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,6 +35,18 @@ def shifted(x: Tensor) -> Tensor:
     return storage[1:].view(x.shape)
 
 
+def test_a_gpu_is_given_tensors_as_they_lie() -> None:
+    """As strided and as misaligned as the CPU is given them."""
+    strided = rand(4, 6, dtype=torch.float32, seed=1).t()[1:]
+    for x in (shifted(rand(3, 4, dtype=torch.bfloat16, seed=0)), strided, torch.empty(0, 8)):
+        there = copy_as_it_lies(x, torch.device("cpu"))
+        assert torch.equal(there, x)
+        assert there.stride() == x.stride()
+        if x.numel():
+            assert there.data_ptr() % 16 == x.data_ptr() % 16
+            assert there.data_ptr() != x.data_ptr()
+
+
 # Packed and odd sizes, one row, more packs than threads keep, a length that no pack divides, no row.
 @pytest.mark.parametrize(
     ("rows", "hidden", "dtype"),
@@ -40,20 +54,18 @@ def shifted(x: Tensor) -> Tensor:
     + [(1, 9, torch.bfloat16), (3, 1001, torch.float32), (2, 17408, torch.bfloat16), (0, 64, torch.float32)],
 )
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm(
-    library: KernelLibrary, rows: int, hidden: int, dtype: torch.dtype, with_residual: bool
-) -> None:
+def test_rms_norm(run: Runner, rows: int, hidden: int, dtype: torch.dtype, with_residual: bool) -> None:
     x, dy, dsum = (rand(rows, hidden, dtype=dtype, seed=s) for s in range(3))
     residual = rand(rows, hidden, dtype=dtype, seed=3) if with_residual else None
     weight = rand(hidden, dtype=dtype, seed=4)
-    normed, total, rstd = rms_norm.launch_forward(library, x, residual, weight, 1e-5)
+    normed, total, rstd = run(rms_norm.launch_forward, x, residual, weight, 1e-5)
     if residual is None:
         expected = rms_norm.rms_norm_ref(x, weight, 1e-5)
     else:
         expected, expected_total = rms_norm.add_rms_norm_ref(x, residual, weight, 1e-5)
         assert torch.equal(total, expected_total)
     more = dsum if with_residual else None
-    gradients = rms_norm.launch_backward(library, total, weight, rstd, dy, more, blocks=3)
+    gradients = run(rms_norm.launch_backward, total, weight, rstd, dy, more, blocks=3)
     if rows == 0:
         assert normed.numel() == gradients[0].numel() == 0
         assert not gradients[1].any()
@@ -63,12 +75,12 @@ def test_rms_norm(
         assert_close(actual, wanted)
 
 
-def test_rms_norm_of_misaligned_and_strided_rows(library: KernelLibrary) -> None:
+def test_rms_norm_of_misaligned_and_strided_rows(run: Runner) -> None:
     x, weight = rand(4, 64, dtype=torch.bfloat16, seed=0), rand(64, dtype=torch.bfloat16, seed=1)
     expected = rms_norm.rms_norm_ref(x, weight, 1e-5)
-    assert_close(rms_norm.launch_forward(library, shifted(x), None, shifted(weight), 1e-5)[0], expected)
+    assert_close(run(rms_norm.launch_forward, shifted(x), None, shifted(weight), 1e-5)[0], expected)
     strided = x.t().contiguous().t()
-    assert_close(rms_norm.launch_forward(library, strided, None, weight, 1e-5)[0], expected)
+    assert_close(run(rms_norm.launch_forward, strided, None, weight, 1e-5)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +89,11 @@ def test_rms_norm_of_misaligned_and_strided_rows(library: KernelLibrary) -> None
     + [((1, 2), torch.bfloat16), ((3, 1, 2 * 333), torch.float32), ((0, 16), torch.float32)],
 )
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # where the sigmoid saturates
-def test_swiglu(library: KernelLibrary, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+def test_swiglu(run: Runner, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
     gate_up = rand(*shape, dtype=dtype, seed=0, scale=scale)
     dout = rand(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
-    out = swiglu.launch_forward(library, gate_up)
-    gradient = swiglu.launch_backward(library, gate_up, dout)
+    out = run(swiglu.launch_forward, gate_up)
+    gradient = run(swiglu.launch_backward, gate_up, dout)
     assert out.shape == dout.shape
     if gate_up.numel():
         assert_close(out, swiglu.swiglu_ref(gate_up))
@@ -91,24 +103,44 @@ def test_swiglu(library: KernelLibrary, shape: tuple[int, ...], dtype: torch.dty
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("channels", [16, 6])
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_rope_of_a_fused_projection(
-    library: KernelLibrary, dtype: torch.dtype, channels: int, direction: float
-) -> None:
+def test_rope_of_a_fused_projection(run: Runner, dtype: torch.dtype, channels: int, direction: float) -> None:
     """Queries and keys are slices of one buffer; positions restart inside the pack and reach far."""
     fused = rand(5, 2, 4, channels, dtype=dtype, seed=0)  # rows, groups, (two queries, key, value), channels
     q, k = fused[:, :, :2].reshape(5, 4, channels), fused[:, :, 2]
     assert not k.is_contiguous()
     positions = torch.tensor([0, 1, 131071, 0, 7])
     frequencies = 5e5 ** -(torch.arange(0, channels, 2).float() / channels)
-    actual = rope.launch(library, q, k, positions, frequencies, direction)
+    actual = run(rope.launch, q, k, positions, frequencies, direction)
     for x, wanted in zip(actual, rope._rope(q, k, positions, frequencies, direction), strict=True):
         assert x.is_contiguous()
         assert_close(x, wanted)
 
 
-def test_rope_of_no_row(library: KernelLibrary) -> None:
+def test_misaligned_and_strided_inputs_give_the_same(run: Runner) -> None:
+    """Addresses off by one element, rows and channels that do not lie side by side."""
+    gate_up, dout = rand(3, 64, dtype=torch.bfloat16, seed=0), rand(3, 32, dtype=torch.bfloat16, seed=1)
+    for change in (shifted, lambda x: x.t().contiguous().t()):
+        assert_close(run(swiglu.launch_forward, change(gate_up)), swiglu.swiglu_ref(gate_up))
+        gradient = run(swiglu.launch_backward, change(gate_up), change(dout))
+        assert_close(gradient, swiglu._backward(gate_up, dout))
+    q, k = rand(3, 4, 16, dtype=torch.bfloat16, seed=2), rand(3, 1, 16, dtype=torch.bfloat16, seed=3)
+    positions, frequencies = torch.tensor([5, 6, 0]), torch.rand(8)
+    for change in (shifted, lambda x: x.mT.contiguous().mT):
+        turned = run(rope.launch, change(q), change(k), positions, frequencies, 1.0)
+        for x, wanted in zip(turned, rope.rope_ref(q, k, positions, frequencies), strict=True):
+            assert_close(x, wanted)
+    logits, labels, none = (
+        rand(3, 64, dtype=torch.bfloat16, seed=4),
+        torch.tensor([0, 9, 63]),
+        torch.empty(3, 0),
+    )
+    partials = run(vocab.launch_partials, shifted(logits), labels, none.long(), none, 0)
+    torch.testing.assert_close(partials, vocab.vocab_partials(logits, labels, none.long(), none, 0))
+
+
+def test_rope_of_no_row(run: Runner) -> None:
     nothing = torch.empty(0, 2, 8)
-    out = rope.launch(library, nothing, nothing, torch.empty(0, dtype=torch.int64), torch.ones(4), 1.0)
+    out = run(rope.launch, nothing, nothing, torch.empty(0, dtype=torch.int64), torch.ones(4), 1.0)
     assert out[0].shape == (0, 2, 8)
 
 
@@ -131,14 +163,14 @@ def _choices(rows: int, vocabulary: int, k: int) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_vocabulary_sums_and_gradient(
-    library: KernelLibrary, columns: int, k: int, dtype: torch.dtype, scale: float
+    run: Runner, columns: int, k: int, dtype: torch.dtype, scale: float
 ) -> None:
     """One shard of three: labels and chosen indices lie in it and in the others."""
     rows, first = 4, columns
     logits = rand(rows, columns, dtype=dtype, seed=0, scale=scale)
     labels = torch.tensor([0, columns, 2 * columns - 1, 3 * columns - 1])  # before, its edges, after
     chosen, chosen_logprob = _choices(rows, 3 * columns, k)
-    actual = vocab.launch_partials(library, logits, labels, chosen, chosen_logprob, first)
+    actual = run(vocab.launch_partials, logits, labels, chosen, chosen_logprob, first)
     expected = vocab.vocab_partials(logits, labels, chosen, chosen_logprob, first)
     assert torch.equal(actual[:, [0, 3, 4]], expected[:, [0, 3, 4]])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -147,31 +179,38 @@ def test_vocabulary_sums_and_gradient(
     values[:, 0] = logits.float().logsumexp(-1) + 1.0
     values[:, 5] = logits.float().amax(-1)
     gradient, wanted = logits.clone(), logits.clone()
-    vocab.launch_gradient(library, gradient, labels, values, chosen, chosen_logprob, first)
+    run(vocab.launch_gradient, gradient, labels, values, chosen, chosen_logprob, first)
     vocab.vocab_gradient_(wanted, labels, values, chosen, chosen_logprob, first)
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(gradient, wanted, rtol=max(2 * step, 1e-5), atol=1e-5 + step * scale / 8)
 
 
+def test_vocabulary_of_no_row(run: Runner) -> None:
+    logits, labels, none = torch.empty(0, 8), torch.empty(0, dtype=torch.int64), torch.empty(0, 0)
+    assert run(vocab.launch_partials, logits, labels, none.long(), none, 0).shape == (0, vocab.COLUMNS)
+    run(vocab.launch_gradient, logits, labels, torch.empty(0, vocab.COLUMNS), none.long(), none, 0)
+
+
 def test_more_chosen_than_shared_memory_holds_is_an_error(cpu_library: KernelLibrary) -> None:
     logits = torch.zeros(1, 8)
     chosen, logprob = torch.zeros(1, 60000, dtype=torch.int64), torch.zeros(1, 60000)
-    with pytest.raises(RuntimeError, match="kernel vocab_gradient: shared memory"):
+    message = r"kernel vocab_gradient: shared memory; called with float32 of shape \(1, 8\), stride \(8, 1\)"
+    with pytest.raises(RuntimeError, match=message):
         vocab.launch_gradient(
             cpu_library, logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 7), chosen, logprob, 0
         )
 
 
 @pytest.mark.parametrize("low", [None, *TYPES])
-@pytest.mark.parametrize("count", [4096 + 3, 1])
-def test_adamw(library: KernelLibrary, low: torch.dtype | None, count: int) -> None:
+@pytest.mark.parametrize("count", [4096 + 3, 1, 0])
+def test_adamw(run: Runner, low: torch.dtype | None, count: int) -> None:
     param, grad, exp_avg = (rand(count, dtype=torch.float32, seed=s) for s in range(3))
     exp_avg_sq = rand(count, dtype=torch.float32, seed=3).square()
     ours = [param, exp_avg, exp_avg_sq, None if low is None else torch.full((count,), torch.nan, dtype=low)]
     theirs = [None if x is None else x.clone() for x in ours]
     factor = torch.tensor(0.5)
     numbers = (1e-2, 0.9, 0.99, 1e-8, 0.1, 1 - 0.9**3, 1 - 0.99**3)
-    adamw.launch(library, ours[0], grad, *ours[1:], factor, *numbers)
+    run(adamw.launch, ours[0], grad, *ours[1:], factor, *numbers)
     adamw._adamw(theirs[0], grad, *theirs[1:], factor, *numbers)
     for actual, wanted in zip(ours, theirs, strict=True):
         if actual is not None and wanted is not None:
@@ -180,11 +219,12 @@ def test_adamw(library: KernelLibrary, low: torch.dtype | None, count: int) -> N
             )
 
 
-def test_squared_sum(library: KernelLibrary) -> None:
+def test_squared_sum(run: Runner) -> None:
     x = rand(5001, dtype=torch.float32, seed=0)
-    for vector in (x, x[1:], x[:1]):
-        actual = adamw.launch_squared_sum(library, vector, blocks=3)
-        torch.testing.assert_close(actual, vector.double().square().sum(), rtol=1e-6, atol=0)
+    for vectors in ([x], [x[1:]], [x[:1]], [x[:0]], [x, x[:7], x[:0], x[3:]]):
+        actual = run(adamw.launch_squared_sum, *vectors, blocks=3)
+        wanted = torch.stack([vector.double().square().sum() for vector in vectors]).sum()
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=0)
 
 
 def test_an_element_type_that_no_kernel_serves(cpu_library: KernelLibrary) -> None:
@@ -195,3 +235,9 @@ def test_an_element_type_that_no_kernel_serves(cpu_library: KernelLibrary) -> No
         swiglu.launch_forward(cpu_library, x)
     with pytest.raises(RuntimeError, match="an element type that no kernel was built for"):
         cpu_library.call("swiglu_forward", x, x, 2, 2, 9)
+
+
+def test_tensors_of_two_devices(cpu_library: KernelLibrary) -> None:
+    gate_up, elsewhere = torch.zeros(2, 8), torch.zeros(2, 4, device="meta")
+    with pytest.raises(ValueError, match=r"swiglu_backward: tensors of one device; .* \(4, 1\) on meta, "):
+        swiglu.launch_backward(cpu_library, gate_up, elsewhere)

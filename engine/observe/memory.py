@@ -1,0 +1,58 @@
+"""The peak memory of every rank. Owns the measure and memory.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+WORTH_WRITING = 1.01  # how much the largest peak must grow before the file is written again
+
+
+class Memory:
+    """Gathers peaks: what torch allocated on the GPU at once, or on the CPU the process's resident size.
+
+    The file `run_dir/memory.json` holds {"rank", "tp", "pp", "dp", "peak_gb"} for each rank, in 10⁹ bytes. It is
+    kept up to date while the run goes on, so that a run which dies of memory leaves it behind.
+
+    Args:
+        place: ranks along tensor, pipeline and data parallelism.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, rank: int, world_size: int, place: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self._path = run_dir / "memory.json"
+        self._rank, self._world_size, self._place, self._device = rank, world_size, place, device
+        self._written = 0.0
+
+    def read(self) -> dict[str, float]:
+        """`peak_memory_gb` of the fullest rank so far. Collective."""
+        mine = torch.tensor(
+            [self._rank, *self._place, _peak_bytes(self._device)], dtype=torch.float64, device=self._device
+        )
+        every = [torch.empty_like(mine) for _ in range(self._world_size)]
+        dist.all_gather(every, mine)
+        rows = torch.stack(every).tolist()
+        largest = max(row[-1] for row in rows)
+        if self._rank == 0 and largest > WORTH_WRITING * self._written:
+            self._written = largest
+            ranks = [
+                dict(zip(("rank", "tp", "pp", "dp"), map(int, row), strict=False))
+                | {"peak_gb": round(row[-1] / 1e9, 3)}
+                for row in rows
+            ]
+            temporary = self._path.with_suffix(".part")
+            temporary.write_text(json.dumps(ranks, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self._path)
+        return {"peak_memory_gb": largest / 1e9}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

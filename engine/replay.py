@@ -1,0 +1,197 @@
+"""One step of a run again, alone: which pack, and which sample, made its loss or gradient what it was.
+
+Owns the look at packs one by one; weights and samples come from the trainer. Nothing is written but the report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from .batch import PackedBatch, StepBatch
+from .step import UNITS, run_own
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """A pack, or one sample of it, by itself, with the weights before the step.
+
+    Attributes:
+        dp_rank, micro_batch: whose pack it was, and which.
+        loss: its share of the step's loss: those of all packs add up to it.
+        largest_gradient: greatest absolute entry of its gradient; NaN if any is not finite.
+        parameter: where that entry is; the first parameter, if entries are not finite.
+        samples: `file:line` of each.
+    """
+
+    dp_rank: int
+    micro_batch: int
+    loss: float
+    largest_gradient: float
+    parameter: str
+    samples: tuple[str, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.largest_gradient)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a step did, and what each of its packs does alone.
+
+    Attributes:
+        loss, grad_norm: of the whole step, as it was logged.
+        packs: those of all data-parallel ranks.
+        samples: of packs that are not finite, each sample by itself.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    packs: tuple[PackReport, ...]
+    samples: tuple[PackReport, ...]
+
+
+def replay(trainer: Trainer, step: int) -> Replay:
+    """Train up to `step` without a trace, then look at that step. Collective; equal on all ranks."""
+    trainer = replace(trainer, on_nonfinite="skip")
+    for earlier in range(trainer.first_step, step):
+        trainer.train_step(earlier, trainer.train_loader.step(earlier))
+    trainer.optimizer.synchronize_weights()
+    batch = trainer.train_loader.step(step)
+    if trainer.prepare:
+        trainer.prepare(batch)
+    mine = [
+        _alone(trainer, batch, pack, k, batch.pack_samples[k]) for k, pack in enumerate(batch.micro_batches)
+    ]
+    packs = _gather(trainer, mine)
+    samples: list[PackReport] = []
+    for k in [pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.mesh.dp_rank]:
+        for id_ in batch.pack_samples[k]:
+            pack = trainer.train_loader.pack_of([id_])
+            if not set(trainer.objective.needs) <= set(pack.columns):
+                continue  # a column that only whole steps have: the pack is as far as this goes
+            samples.append(_alone(trainer, batch, pack, k, [id_]))
+    found = _gather(trainer, samples)
+    whole = trainer.train_step(step, batch)  # last: it changes the weights
+    return Replay(step, whole["loss"], whole["grad_norm"], tuple(packs), tuple(found))
+
+
+def _alone(
+    trainer: Trainer, batch: StepBatch, pack: PackedBatch, micro_batch: int, ids: Sequence[int]
+) -> PackReport:
+    """What this pipeline stage and tensor-parallel rank sees of a pack that is the whole step."""
+    times = trainer.mesh.layout.micro_batch_multiple  # an interleaved schedule wants as many
+    trainer.optimizer.zero_grad()
+    with _local_gradients(trainer):
+        sums = run_own(
+            trainer.chunks,
+            replace(batch, micro_batches=[pack] * times),
+            trainer.objective,
+            trainer.mesh,
+            train=True,
+        )
+    loss = sum(
+        total / max(1, batch.counts.get(unit, 0))
+        for unit, total in zip(UNITS, sums[: len(UNITS), 0].tolist())
+    )
+    largest, parameter = 0.0, ""
+    for chunk in trainer.chunks:
+        for name, weight in chunk.module.named_weights():
+            entry = float(weight.main_grad.abs().max()) / times
+            if not math.isfinite(entry):
+                largest, parameter = math.nan, name
+                break
+            if entry > largest:
+                largest, parameter = entry, name
+        if math.isnan(largest):
+            break
+    places = tuple(trainer.train_loader.cache.place(i) for i in ids)
+    return PackReport(trainer.mesh.dp_rank, micro_batch, loss / times, largest, parameter, places)
+
+
+@contextmanager
+def _local_gradients(trainer: Trainer) -> Iterator[None]:
+    """Gradients stay where they are computed: no reduction over data-parallel ranks or shared weights."""
+    config = trainer.chunks[0].config
+    before = config.finalize_model_grads_func, config.no_sync_func
+    config.finalize_model_grads_func = config.no_sync_func = None
+    try:
+        with ExitStack() as stack:
+            for chunk in trainer.chunks:
+                stack.enter_context(chunk.no_sync())
+            yield
+    finally:
+        config.finalize_model_grads_func, config.no_sync_func = before
+
+
+def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
+    """The reports of all ranks, those of one pack's stages and tensor-parallel shares made one.
+
+    The loss is the last stage's, the same on its tensor-parallel ranks, and zero on the other stages.
+    """
+    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(trainer.mesh.world_size)]
+    counts_loss = trainer.mesh.is_last_stage and trainer.mesh.tp_rank == 0
+    dist.all_gather_object(every, [(counts_loss, part) for part in mine])
+    merged: dict[tuple[int, int, tuple[str, ...]], PackReport] = {}
+    for counts_loss, part in (entry for rank in every for entry in rank):
+        key = (part.dp_rank, part.micro_batch, part.samples)
+        part = part if counts_loss else replace(part, loss=0.0)
+        known = merged.get(key)
+        if known is None:
+            merged[key] = part
+            continue
+        # The first that is not finite in the order of ranks, which is the order of the layers, else the largest.
+        worse = not math.isnan(known.largest_gradient) and (
+            math.isnan(part.largest_gradient) or part.largest_gradient > known.largest_gradient
+        )
+        merged[key] = replace(part if worse else known, loss=known.loss + part.loss)
+    return [merged[key] for key in sorted(merged)]
+
+
+def show(found: Replay, weights: str, path: Path, console: Console) -> None:
+    """Write the report to `path` as JSON, and what it says to the console.
+
+    Args:
+        weights: where the weights before the step come from.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    console.print(
+        f"step {found.step}, weights {weights}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}"
+    )
+    table = Table(
+        "dp rank", "micro-batch", "share of the loss", "largest gradient", "parameter", "samples", box=None
+    )
+    for pack in found.packs:
+        table.add_row(*_cells(pack), f"{len(pack.samples)}")
+    for sample in found.samples:
+        if not sample.finite:
+            table.add_row(*_cells(sample), *sample.samples, style="red")
+    console.print(table)
+    bad = [pack for pack in found.packs if not pack.finite]
+    if not bad:
+        console.print("every pack is finite")
+    elif not any(not sample.finite for sample in found.samples):
+        console.print(f"{len(bad)} packs are not finite, and none of their samples is so alone")
+    console.print(f"all samples: {path}")
+
+
+def _cells(pack: PackReport) -> tuple[str, ...]:
+    return (
+        str(pack.dp_rank),
+        str(pack.micro_batch),
+        f"{pack.loss:.6g}",
+        f"{pack.largest_gradient:.6g}",
+        pack.parameter,
+    )

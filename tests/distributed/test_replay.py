@@ -1,0 +1,75 @@
+"""`--replay-step`: a step comes out as it was logged, and the sample that spoilt one is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from paralign.engine.check import check
+from paralign.engine.observe.metrics import read_metrics
+from paralign.engine.recipe import load
+from paralign.engine.run import train
+
+from .pool import RankFailure, RankPool
+from .toy import make_toy, train_recipe, write_recipe
+
+TP2_DP2 = {"tensor_model_parallel_size": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}
+VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+SETTINGS: dict[str, Any] = {"train__eval_every_steps": None}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chats, and one more with a word that the tokenizer does not know; the unknown token's embedding is infinite."""
+    directory = tmp_path_factory.mktemp("toy")
+    make_toy(directory)
+    turns = [{"role": "user", "content": "zebra"}, {"role": "assistant", "content": "red"}]
+    with (directory / "chats.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
+    weights = directory / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][3] = float("inf")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return directory
+
+
+def replay_recipe(rank: int, world_size: int, recipe: Path, step: int) -> None:
+    train(check(load(recipe), world_size), local_rank=rank, replay_step=step)
+
+
+def _replayed(run_dir: Path, step: int) -> dict[str, Any]:
+    return json.loads((run_dir / f"replay/step_{step:07d}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "layout", "n"), [("tp2-dp2", TP2_DP2, 4), ("vpp2", VPP2, 2)])
+def test_the_sample_that_spoilt_a_step_is_found(
+    name: str, layout: dict[str, Any], n: int, toy: Path, ranks: RankPool
+) -> None:
+    recipe = write_recipe(toy, name, layout, **SETTINGS, checkpoint__save_every_steps=None)
+    with pytest.raises(RankFailure, match=r"step \d+: the gradient norm is (nan|inf)"):
+        ranks.run(n, train_recipe, recipe)
+    before = (toy / name / "metrics.jsonl").read_bytes()
+    logged = {line["step"]: line for line in read_metrics(toy / name) if "loss" in line}
+    spoilt = max(line["step"] for line in read_metrics(toy / name))
+
+    ranks.run(n, replay_recipe, recipe, spoilt)
+    found = _replayed(toy / name, spoilt)
+    assert [
+        pack["samples"] for pack in found["samples"] if pack["largest_gradient"] != pack["largest_gradient"]
+    ] == [[f"{toy / 'chats.jsonl'}:121"]]
+    assert sum(pack["largest_gradient"] != pack["largest_gradient"] for pack in found["packs"]) == 1
+
+    if spoilt:  # a step before it: weights from the start, steps done again, nothing logged
+        ranks.run(n, replay_recipe, recipe, spoilt - 1)
+        found = _replayed(toy / name, spoilt - 1)
+        assert (found["loss"], found["grad_norm"]) == (
+            logged[spoilt - 1]["loss"],
+            logged[spoilt - 1]["grad_norm"],
+        )
+        assert sum(pack["loss"] for pack in found["packs"]) == pytest.approx(found["loss"], rel=1e-6)
+        assert found["samples"] == []
+    assert (toy / name / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,49 @@
+"""The scripts that measure on a GPU run to their end without one, and all trainers compute the same loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, output: Path, *options: str) -> dict:
+    command = [sys.executable, str(BENCHMARKS / script), "--output", str(output), *options]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    facts: dict = json.loads(output.read_text())
+    assert "no figure here counts" in facts["note"]
+    return facts | {"printed": ended.stdout}
+
+
+def test_steps_of_every_trainer(tmp_path: Path) -> None:
+    facts = run("gpu_step.py", tmp_path / "steps.json", "--steps", "1")
+    assert set(facts["sft"]) == {
+        "paralign",
+        "paralign, kernels: reference",
+        "megatron-core, local layers",
+        "transformers",
+        "TRL",
+    }
+    assert len(facts["dpo"]) == 4
+    for group in ("sft", "dpo"):
+        first = [result["first_loss"] for result in facts[group].values()]
+        assert first == pytest.approx([first[0]] * len(first), rel=1e-5)
+    assert list(facts["left_out"]) == ["TRL + Liger"]
+    assert "TRL + Liger: left out, ImportError: liger_kernel is not installed" in facts["printed"]
+
+
+def test_kernels_beside_their_peers(tmp_path: Path) -> None:
+    facts = run("kernels.py", tmp_path / "kernels.json", "--tiny", "--repeats", "1")
+    operations = {result["operation"] for result in facts["results"]}
+    assert operations == {
+        *("RMSNorm", "add + RMSNorm", "SwiGLU", "RoPE", "clip + AdamW", "head", "weight gradient")
+    }
+    assert (tmp_path / "kernels.png").stat().st_size > 0
