@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from one_rank import one_rank
 
 from paralign.engine.batch import StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
@@ -32,7 +33,7 @@ from paralign.engine.data.loader import pack_batch
 from paralign.engine.data.packing import plan_packs
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh, open_world
+from paralign.engine.mesh import open_mesh
 from paralign.engine.model import ModelConfig
 from paralign.engine.objectives import SFT
 from paralign.engine.optim import Optimizer
@@ -141,9 +142,7 @@ class our_trainer:
         self.packs, self.timed = packs, timed
 
     def __enter__(self) -> Any:
-        port = 20000 + os.getpid() % 20000
-        store = torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
-        self.world = open_world(rank=0, world_size=1, local_rank=0, timeout_minutes=5, store=store)
+        self.world = one_rank()
         self.world.__enter__()
         model = make_model()
         arch = arch_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})

@@ -25,7 +25,6 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from one_rank import one_rank
 from preference import best_packs, padded_packs
 from step_peers import SETTINGS, megatron_sft, transformers_sft, trl_dpo, trl_sft, trl_sft_with_liger
 from step_workload import (
@@ -64,7 +64,7 @@ from paralign.engine.data.answers import AnswerLayout, Group
 from paralign.engine.data.loader import pack_batch
 from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused
 from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh, open_world
+from paralign.engine.mesh import open_mesh
 from paralign.engine.model import ModelConfig
 from paralign.engine.objectives import SFT, Objective
 from paralign.engine.objectives.dpo import DPO, DPOConfig
@@ -178,8 +178,7 @@ def main() -> None:
                 print(f"{label}: left out, {left_out[label]}")
         return results
 
-    store = torch.distributed.TCPStore("127.0.0.1", 20000 + os.getpid() % 20000, 1, is_master=True)
-    with open_world(rank=0, world_size=1, local_rank=0, timeout_minutes=10, store=store):
+    with one_rank():
         sft = run(
             {
                 "paralign": partial(ours_sft, kernels="auto"),

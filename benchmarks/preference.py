@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from one_rank import one_rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
@@ -44,7 +44,7 @@ from paralign.engine.data.packing import plan_packs
 from paralign.engine.data.pairs import pack_answers
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh, open_world
+from paralign.engine.mesh import open_mesh
 from paralign.engine.model import ModelConfig
 from paralign.engine.objectives.dpo import DPO, DPOConfig
 from paralign.engine.score import fill_reference
@@ -134,14 +134,7 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
         tokens_per_pack=TOKENS_PER_PACK,
     )
     with (
-        tempfile.TemporaryDirectory() as directory,
-        open_world(
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            timeout_minutes=10,
-            store=dist.FileStore(f"{directory}/store", 1),
-        ),
+        one_rank(),
         open_mesh(layout, local_rank=0, seed=0) as mesh,
     ):
 

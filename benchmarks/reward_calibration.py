@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from one_rank import one_rank
 
 from paralign.engine.batch import Column, Head, StepBatch, Unit
 from paralign.engine.build import (
@@ -40,7 +39,7 @@ from paralign.engine.data.packing import plan_packs
 from paralign.engine.data.pairs import pack_answers
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import Mesh, open_mesh, open_world
+from paralign.engine.mesh import Mesh, open_mesh
 from paralign.engine.model import ModelConfig
 from paralign.engine.objectives.reward import Reward, RewardConfig
 from paralign.engine.optim import Optimizer
@@ -75,14 +74,7 @@ def main() -> None:
     layout = resolve(degrees, arch, world_size=1, global_batch_size=1, tokens_per_pack=TOKENS_PER_PACK)
     results: dict[float, list[dict[str, float]]] = {0.0: [], 0.5: []}
     with (
-        tempfile.TemporaryDirectory() as directory,
-        open_world(
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            timeout_minutes=10,
-            store=dist.FileStore(f"{directory}/store", 1),
-        ),
+        one_rank(),
         open_mesh(layout, local_rank=0, seed=0) as mesh,
     ):
         for seed in range(arguments.seeds):

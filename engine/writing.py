@@ -6,6 +6,7 @@ not finished. Tensors pass through in blocks: while one is read and checked, the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
-from paralign.models.errors import WeightsError
+from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import Parts, Rule, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
@@ -128,7 +129,16 @@ def write_model(
         _refuse_without_room(dst, target.tensor_bytes - done)
         with ByteBar(shown=options.progress) as bar:
             began = time.monotonic()
-            job.write(files, options.workers, bar.task("writing", total=target.tensor_bytes, done=done))
+            advance = bar.task("writing", total=target.tensor_bytes, done=done)
+            try:
+                job.write(files, options.workers, advance)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise CheckpointError(
+                    f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
+                    "options: it goes on where it was"
+                ) from None
             target.finish()
             dtype = str(options.dtype).removeprefix("torch.")
             copy_assets(Assets(source.assets, source.assets), target.assets, dtype=dtype)
@@ -197,8 +207,9 @@ class _Job:
         """A tensor's blocks, checked, cast, and hashed if it is early."""
         behind, hasher = Behind(), hashlib.sha256()
         for (block,) in _lightly(in_blocks(parts), self._source):
-            refuse_unless_finite(name, block)
-            block = block.to(self._dtype)
+            cast = block.to(self._dtype)
+            _refuse_unless_finite(name, block, cast)
+            block = cast
             if self._digest_early:
                 behind.submit(hasher.update, raw(block))
             yield block
@@ -247,10 +258,15 @@ class _Job:
         return self._target.directory / f"{file}.done.json"
 
 
-def refuse_unless_finite(name: str, tensor: Tensor) -> None:
+def _refuse_unless_finite(name: str, tensor: Tensor, cast: Tensor) -> None:
     """Raises WeightsError for NaN or Inf; they come out of the extremes, in one pass and without a mask."""
-    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-        raise WeightsError(f"{name}: holds NaN or Inf; the model was saved after it had diverged")
+    if all(torch.isfinite(extreme) for extreme in torch.aminmax(cast)):
+        return
+    largest = tensor.abs().max()
+    if torch.isfinite(largest):
+        dtype = str(cast.dtype).removeprefix("torch.")
+        raise WeightsError(f"{name}: holds {largest:g}, too large for {dtype}; choose another dtype")
+    raise WeightsError(f"{name}: holds NaN or Inf; the model was saved after it had diverged")
 
 
 def _lightly(pieces: Iterator[tuple[Tensor, ...]], *sources: ModelSource) -> Iterator[tuple[Tensor, ...]]:

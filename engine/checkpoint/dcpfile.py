@@ -125,17 +125,17 @@ class CheckpointFiles:
                 info = archive.getinfo(pickled.replace("data.pkl", f"data/{plan.storage}"))
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise pickle.UnpicklingError("it is compressed")
-                file.seek(
-                    item.offset + info.header_offset + 26
-                )  # the local header: lengths of name and extra
-                lengths = file.read(4)
-        except (StopIteration, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+                header = item.offset + info.header_offset
+                file.seek(header + 26)
+                lengths = file.read(
+                    4
+                )  # two bytes of the name, two of what is extra: the archive's end has others
+        except (StopIteration, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{path}: {name}: not a tensor as torch.save writes it ({error}); copy the checkpoint again"
             ) from None
         skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        offset = item.offset + info.header_offset + 30 + skipped
-        flat = mapped.tensor(offset, plan.dtype, info.file_size // plan.dtype.itemsize)
+        flat = mapped.tensor(header + 30 + skipped, plan.dtype, info.file_size // plan.dtype.itemsize)
         return flat.as_strided(plan.shape, plan.stride, plan.first)
 
 
@@ -152,9 +152,12 @@ class CheckpointFileWriter:
         """Writes a tensor of `shape` and `dtype`; raises ValueError if the parts are another one."""
         section = _Section(self._file)
         with zipfile.ZipFile(section, "w") as archive:  # type: ignore[call-overload]
-            archive.writestr("archive/data.pkl", _TensorPlan("0", dtype, shape).dump())
-            archive.writestr("archive/byteorder", "little")
-            archive.writestr("archive/version", "3\n")
+            for entry, content in (
+                ("data.pkl", _TensorPlan("0", dtype, shape).dump()),
+                ("byteorder", b"little"),
+                ("version", b"3\n"),
+            ):  # as ZipInfo, which has no time of writing: the same tensors are the same bytes
+                archive.writestr(zipfile.ZipInfo(f"archive/{entry}"), content)
             info = zipfile.ZipInfo("archive/data/0")
             info.file_size = math.prod(shape) * dtype.itemsize
             large = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own threshold

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 import torch
 
 from .pool import RankPool
 
-if TYPE_CHECKING:
-    from .certificate import Row
-
-TABLE = pytest.StashKey[list[tuple[str, "Row"]]]()
+TABLE = pytest.StashKey[list[tuple[str, Any]]]()
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +21,8 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture
-def certificate_table(request: pytest.FixtureRequest) -> list[tuple[str, Row]]:
-    """Rows for the table that the run ends with."""
+def certificate_table(request: pytest.FixtureRequest) -> list[tuple[str, Any]]:
+    """Names and rows of errors, for the table that the run ends with."""
     return request.config.stash.setdefault(TABLE, [])
 
 
@@ -39,6 +36,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     width = max(len(name) for name, _ in rows)
     terminalreporter.write_line(f"{'':{width}}     loss  gradient  grad norm  loss, 3 steps")
     for name, row in rows:
+        errors = [getattr(row, what, None) for what in ("loss", "gradient", "grad_norm", "loss_after")]
+        cells = ["—" if error is None else f"{error:.1e}" for error in errors]
         terminalreporter.write_line(
-            f"{name:{width}}  {row.loss:.1e}   {row.gradient:.1e}    {row.grad_norm:.1e}        {row.loss_after:.1e}"
+            f"{name:{width}}  {cells[0]}   {cells[1]}    {cells[2]:>7}        {cells[3]:>7}"
         )

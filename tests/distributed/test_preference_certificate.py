@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,14 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return make
 
 
+@dataclass(frozen=True)
+class Worst:
+    """The largest relative errors of many rows, for the table at the end."""
+
+    loss: float
+    gradient: float
+
+
 def _cases(rows: list[tuple[str, bool, str]]) -> list[PreferenceCase]:
     made = []
     for name, share, plan in rows:
@@ -176,7 +185,12 @@ def _cases(rows: list[tuple[str, bool, str]]) -> list[PreferenceCase]:
 
 
 def _check(
-    layout: str, family: str, rows: list[tuple[str, bool, str]], ranks: RankPool, reference: Path
+    layout: str,
+    family: str,
+    rows: list[tuple[str, bool, str]],
+    ranks: RankPool,
+    reference: Path,
+    table: list[tuple[str, Any]],
 ) -> list[PreferenceRow]:
     world_size, keys = LAYOUTS[layout]
     results = ranks.run(world_size, certify_preferences, keys, {}, reference, _cases(rows), timeout=240)[0]
@@ -187,6 +201,8 @@ def _check(
     ]
     assert not failed, "\n".join(failed)
     baselines = [row.metrics["kl"] for (name, _, _), row in zip(rows, results) if name.startswith("kto")]
+    worst = Worst(max(row.loss for row in results), max(row.gradient for row in results))
+    table.append((f"{layout} | {family} | preferences, worst of {len(rows)}", worst))
     assert all(
         baseline > 0.01 for baseline in baselines
     )  # at its floor of 0 it would be compared with nothing
@@ -194,17 +210,29 @@ def _check(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_preferences_equal_trl(layout: str, ranks: RankPool, references: Callable[[str], Path]) -> None:
+def test_preferences_equal_trl(
+    layout: str,
+    ranks: RankPool,
+    references: Callable[[str], Path],
+    certificate_table: list[tuple[str, Any]],
+) -> None:
     i = list(LAYOUTS).index(layout)
-    _check(layout, ("llama", "qwen2")[i % 2], _of_layout(i), ranks, references(("llama", "qwen2")[i % 2]))
+    family = ("llama", "qwen2")[i % 2]
+    _check(layout, family, _of_layout(i), ranks, references(family), certificate_table)
 
 
 @pytest.mark.certificate
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_full_product(layout: str, family: str, ranks: RankPool, references: Callable[[str], Path]) -> None:
+def test_full_product(
+    layout: str,
+    family: str,
+    ranks: RankPool,
+    references: Callable[[str], Path],
+    certificate_table: list[tuple[str, Any]],
+) -> None:
     rows = [row for row in FULL if not row[0].startswith("kto") or row[0] == f"kto, {row[2]}"]
-    _check(layout, family, rows, ranks, references(family))
+    _check(layout, family, rows, ranks, references(family), certificate_table)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """A model changes its form bit by bit, or not at all."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from paralign.engine import writing
+from paralign.engine.checkpoint import rawfile
 from paralign.engine.checkpoint.hf import Assets, HFReader, copy_assets
 from paralign.engine.checkpoint.manifest import compare
 from paralign.engine.checkpoint.source import HFSource
@@ -274,6 +276,43 @@ def test_too_little_room_is_told_before_writing(tmp_path, source, monkeypatch):
     with pytest.raises(WeightsError, match=r"[\d,]{5,} bytes are needed and 1,000 are free"):
         convert(source, tmp_path / "dst", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_gone_on_with(tmp_path, source, monkeypatch):
+    written = []
+    pwrite = rawfile.os.pwrite
+
+    def full_after_a_while(fd, data, at):
+        written.append(at)
+        if len(written) > 40:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(rawfile.os, "pwrite", full_after_a_while)
+    with pytest.raises(
+        CheckpointError, match=r"dst: .* filled the disk meanwhile; make room and start again"
+    ):
+        convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False)
+    assert not (tmp_path / "dst").exists()
+    monkeypatch.setattr(rawfile.os, "pwrite", pwrite)
+    assert convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False).resumed > 0
+    assert compare(source, tmp_path / "dst") == []
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_named(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.model.norm.weight.data[3] = -1e6
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(WeightsError, match=r"final_layernorm.weight: holds 1e\+06, too large for float16"):
+        convert(tmp_path / "hf", tmp_path / "dst", dtype="float16", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_same_model_is_the_same_bytes(tmp_path, source):
+    for name in ("one", "two"):
+        convert(source, tmp_path / name, progress=False)
+    (one,), (two,) = (sorted((tmp_path / name).glob("*.distcp")) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
