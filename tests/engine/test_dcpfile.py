@@ -7,6 +7,14 @@ import zipfile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from paralign.engine.checkpoint.dcpfile import CheckpointFiles, CheckpointFileWriter, write_metadata
 from paralign.models.errors import CheckpointError
@@ -50,6 +58,27 @@ def test_what_torch_has_saved_is_read_without_a_copy(tmp_path):
         assert bit_equal(files.read(name), tensor.detach()), name
     files.read("whole").zero_()
     assert bit_equal(CheckpointFiles(tmp_path).read("whole"), tensors["whole"])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_shares_of_several_ranks_are_put_together(tmp_path, dim):
+    whole = torch.randn(6, 8)
+    storage, chunks = {}, []
+    for rank, share in enumerate(whole.tensor_split(4, dim)):
+        writer = CheckpointFileWriter(tmp_path / f"__{rank}_0.distcp")
+        writer.write("a", tuple(share.shape), share.dtype, share)
+        writer.close()
+        offsets = torch.Size(
+            [0, 0] if rank == 0 else [sum(c.sizes[d] for c in chunks) * (d == dim) for d in (0, 1)]
+        )
+        chunks.append(ChunkStorageMetadata(offsets, share.shape))
+        storage[MetadataIndex("a", offsets)] = _StorageInfo(*writer.stretches["a"])
+    stored = TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.shape, chunks)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": stored}, storage_data=storage)))
+    assert bit_equal(CheckpointFiles(tmp_path).read("a"), whole)
+    loaded = {"a": torch.empty(6, 8)}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    assert bit_equal(loaded["a"], whole)
 
 
 class Harm:
