@@ -44,7 +44,18 @@ def main() -> None:
 
     checks, imports, steps = [], [], []
     for _ in range(arguments.repeats):
-        checks.append(_seconds([sys.executable, "-m", "paralign.engine.cli", "check", str(arguments.recipe)]))
+        checks.append(
+            _seconds(
+                [
+                    sys.executable,
+                    "-m",
+                    "paralign.engine.cli",
+                    "check",
+                    str(arguments.recipe),
+                    *arguments.overrides,
+                ]
+            )
+        )
         imports.append(_seconds([sys.executable, "-c", IMPORTS]))
         steps.append(_first_step(arguments.recipe, arguments.overrides, arguments.nproc))
     found = {
@@ -59,7 +70,7 @@ def main() -> None:
 
 def _seconds(command: list[str]) -> float:
     began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 

@@ -29,7 +29,7 @@ from .data.epochs import Epochs
 from .data.preference import Kind
 from .data.sampler import StepStatistics, step_statistics
 from .layout import Layout, layers_of_stage, resolve, stage_rules
-from .objectives import AnswerSection, Objective, build_objective
+from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
 from .observe.config import check_installed
 from .observe.metrics import facts_block
@@ -64,7 +64,9 @@ class CheckReport:
         """Of the fullest rank. A parameter takes its weight and an fp32 gradient; the two fp32 moments, and in bf16
         the fp32 weight, are shared by the data-parallel ranks."""
         here, shared = (2 + 4, 12) if self.recipe.model.dtype == "bf16" else (4 + 4, 8)
-        optimizer = self.recipe.optimizer
+        objective, optimizer = self.recipe.objective, self.recipe.optimizer
+        if isinstance(objective, ReferenceSection) and objective.reference == "online":
+            here += 2 if self.recipe.model.dtype == "bf16" else 4
         moments_elsewhere = 8 * optimizer.optimizer_cpu_offload * optimizer.optimizer_offload_fraction
         return self.parameters_per_rank * (here + (shared - moments_elsewhere) / self.layout.dp)
 
@@ -195,11 +197,10 @@ def record_kind(recipe: Recipe) -> Kind:
 def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache | AnswerCache:
     """The tokens of one set, as the objective reads its records."""
     data, section = recipe.data, recipe.objective
-    kind = record_kind(recipe)
-    if kind is Kind.CONVERSATIONS or not isinstance(section, AnswerSection):
+    if not isinstance(section, AnswerSection):
         return build_or_open(data, sources, recipe.tokenizer_dir, progress=progress)
     objective = build_objective(section)
-    directory, opened = build(data, sources, recipe.tokenizer_dir, kind, progress=progress)
+    directory, opened = build(data, sources, recipe.tokenizer_dir, record_kind(recipe), progress=progress)
     layout = AnswerLayout(objective.needs, objective.head, section.share_prefix)
     score_range = section.score_range if isinstance(section, RewardConfig) else None
     return AnswerCache.open(directory, opened, data, layout, score_range)

@@ -75,6 +75,17 @@ class FusedAdamW(torch.optim.AdamW):
     factor: Tensor
     model_shards: dict[Tensor, Tensor]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's own, which takes state to the parameter's device; here it stays where it was made."""
+        homes = {
+            parameter: {name: state[name] for name in MOMENTS} for parameter, state in self.state.items()
+        }
+        super().load_state_dict(state_dict)
+        for parameter, home in homes.items():
+            for name, moment in home.items():
+                moment.copy_(self.state[parameter][name])
+                self.state[parameter][name] = moment
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Clip, update and cast: 30 bytes a parameter in bf16."""

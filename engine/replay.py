@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from .batch import PackedBatch, StepBatch
+from .batch import Column, PackedBatch, StepBatch
+from .score import fill_reference
 from .step import UNITS, run_own
 from .trainer import Trainer
 
@@ -28,8 +32,10 @@ class PackReport:
     Attributes:
         dp_rank, micro_batch: whose pack it was, and which.
         loss: its share of the step's loss: those of all packs add up to it.
-        largest_gradient: greatest absolute entry of its gradient; NaN if any is not finite.
-        parameter: where that entry is; the first parameter, if entries are not finite.
+        largest_gradient: greatest absolute entry of its gradient on any rank, NaN if any is not finite. What several
+            ranks add to one weight, such as a norm's under sequence parallelism, is not added up.
+        parameter: where that entry is; of those not finite, the nearest to the head, where the backward pass met
+            it first.
         samples: `file:line` of each.
     """
 
@@ -79,12 +85,19 @@ def replay(trainer: Trainer, step: int) -> Replay:
     for k in [pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.mesh.dp_rank]:
         for id_ in batch.pack_samples[k]:
             pack = trainer.train_loader.pack_of([id_])
-            if not set(trainer.objective.needs) <= set(pack.columns):
-                continue  # a column that only whole steps have: the pack is as far as this goes
+            _fill(trainer, pack, batch.micro_batches[k])
             samples.append(_alone(trainer, batch, pack, k, [id_]))
     found = _gather(trainer, samples)
     whole = trainer.train_step(step, batch)  # last: it changes the weights
     return Replay(step, whole["loss"], whole["grad_norm"], tuple(packs), tuple(found))
+
+
+def _fill(trainer: Trainer, pack: PackedBatch, of_step: PackedBatch) -> None:
+    """The columns that no loader fills: a kept reference's, computed; a baseline, which is the whole step's."""
+    if trainer.prepare and trainer.prepare.reference is not None:
+        fill_reference(trainer.prepare.reference, [pack] * trainer.mesh.layout.micro_batch_multiple)
+    if Column.BASELINE in trainer.objective.needs:
+        pack.columns = {**pack.columns, Column.BASELINE: of_step.columns[Column.BASELINE]}
 
 
 def _alone(
@@ -105,19 +118,28 @@ def _alone(
         total / max(1, batch.counts.get(unit, 0))
         for unit, total in zip(UNITS, sums[: len(UNITS), 0].tolist())
     )
-    largest, parameter = 0.0, ""
-    for chunk in trainer.chunks:
-        for name, weight in chunk.module.named_weights():
-            entry = float(weight.main_grad.abs().max()) / times
-            if not math.isfinite(entry):
-                largest, parameter = math.nan, name
-                break
-            if entry > largest:
-                largest, parameter = entry, name
-        if math.isnan(largest):
-            break
+    named = [weight for chunk in trainer.chunks for weight in chunk.module.named_weights()]
+    entries = torch.stack(
+        [torch.linalg.vector_norm(weight.main_grad, math.inf) for _, weight in named]
+    ).tolist()
+    largest, parameter = max(
+        (
+            (entry / times if math.isfinite(entry) else math.nan, name)
+            for entry, (name, _) in zip(entries, named)
+        ),
+        key=_severity,
+    )
     places = tuple(trainer.train_loader.cache.place(i) for i in ids)
     return PackReport(trainer.mesh.dp_rank, micro_batch, loss / times, largest, parameter, places)
+
+
+def _severity(found: tuple[float, str]) -> tuple[bool, float]:
+    """Of gradients that are not finite the one nearest the head comes first: it spoilt those before it."""
+    largest, name = found
+    if not math.isnan(largest):
+        return False, largest
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    return True, float(layer[1]) if layer else -1.0 if name.startswith("embedding.") else math.inf
 
 
 @contextmanager
@@ -151,11 +173,8 @@ def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
         if known is None:
             merged[key] = part
             continue
-        # The first that is not finite in the order of ranks, which is the order of the layers, else the largest.
-        worse = not math.isnan(known.largest_gradient) and (
-            math.isnan(part.largest_gradient) or part.largest_gradient > known.largest_gradient
-        )
-        merged[key] = replace(part if worse else known, loss=known.loss + part.loss)
+        worse = max(known, part, key=lambda one: _severity((one.largest_gradient, one.parameter)))
+        merged[key] = replace(worse, loss=known.loss + part.loss)
     return [merged[key] for key in sorted(merged)]
 
 
@@ -166,7 +185,7 @@ def show(found: Replay, weights: str, path: Path, console: Console) -> None:
         weights: where the weights before the step come from.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_finite(asdict(found)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     console.print(
         f"step {found.step}, weights {weights}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}"
     )
@@ -185,6 +204,15 @@ def show(found: Replay, weights: str, path: Path, console: Console) -> None:
     elif not any(not sample.finite for sample in found.samples):
         console.print(f"{len(bad)} packs are not finite, and none of their samples is so alone")
     console.print(f"all samples: {path}")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(pack: PackReport) -> tuple[str, ...]:

@@ -137,6 +137,7 @@ def train(report: CheckReport, *, local_rank: int, replay_step: int | None = Non
             with trainer.health:
                 return trainer.fit()
         finally:
+            trainer.profiler.stop()
             trainer.log.close()
 
 
@@ -145,13 +146,16 @@ def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
 
     from .replay import replay, show
 
+    console = Console(highlight=False, soft_wrap=True)
+    if trainer.mesh.is_main:
+        start = "the first weights" if trainer.first_step == 0 else f"iter_{trainer.first_step:07d}"
+        console.print(f"from {start}; {step - trainer.first_step} steps to do again")
     found = replay(trainer, step)
     if trainer.mesh.is_main:
-        weights = f"after {trainer.first_step} steps" + (
-            f" of a checkpoint and {step - trainer.first_step} done again" * (trainer.first_step < step)
-        )
+        again = step - trainer.first_step
+        weights = f"after {trainer.first_step} steps" + f" and {again} done again" * (again > 0)
         path = run_dir / "replay" / f"step_{step:07d}.json"
-        show(found, weights, path, Console(highlight=False, soft_wrap=True))
+        show(found, weights, path, console)
 
 
 def build_trainer(report: CheckReport, mesh: Mesh, replay_step: int | None = None) -> Trainer:
@@ -262,7 +266,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, replay_step: int | None = Non
     if len(set(names)) > 1 and not isinstance(recipe.objective, AnswerSection):
         objective = BySource(objective, names)
     generations = None
-    if recipe.train.generate_samples:
+    if recipe.train.generate_samples and replay_step is None:
         generations = Generations(
             wrapped,
             mesh,

@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0 clips nothing.
         optimizer_cpu_offload: keeps AdamW's moments in the host's memory and takes them to the GPU, shard by
-            shard, for the update: 8 bytes a parameter less, for twice 8 over the bus in each step; same numbers.
+            shard, for the update: 8 bytes a parameter less, for twice 8 over the bus in each step.
         optimizer_offload_fraction: share of the moments that is kept there.
     """
 

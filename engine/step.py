@@ -14,7 +14,7 @@ from paralign.models.mcore import get_forward_backward_func
 from .batch import PackedBatch, StepBatch, Unit
 from .mesh import Mesh
 from .objectives import Objective
-from .objectives.base import Linear
+from .objectives.base import KnownRowGradient
 
 UNITS = tuple(Unit)
 
@@ -47,7 +47,9 @@ def run_own(
         float64 (len(UNITS) + len(objective.metrics), 2): sums and counts of this rank's packs, the units' counts
         left at 0; all zeros on other stages than the last.
     """
-    known = objective.row_gradient(batch.counts) if train and isinstance(objective, Linear) else None
+    known = (
+        objective.row_gradient(batch.counts) if train and isinstance(objective, KnownRowGradient) else None
+    )
     results = _schedule(
         chunks,
         batch.micro_batches,

@@ -27,6 +27,7 @@ from .observe.profiler import Profiler
 from .observe.throughput import Throughput
 from .optim import Optimizer
 from .schedule import OptimizerConfig, learning_rate
+from .score import Preparation
 from .step import UNITS, report, run_step
 
 
@@ -75,7 +76,7 @@ class Trainer:
     first_step: int
     total_steps: int
     generations: Generations | None = None
-    prepare: Callable[[StepBatch], None] | None = None
+    prepare: Preparation | None = None
 
     def fit(self) -> bool:
         """Train to the last step, then evaluate, save and export.
@@ -88,6 +89,7 @@ class Trainer:
                 those before that step, and saved.
         """
         measured: dict[str, float] = {}
+        self.memory.start()
         for step in range(self.first_step, self.total_steps):
             if self.health.stop_agreed():
                 self.save(step, measured)
@@ -99,7 +101,11 @@ class Trainer:
             self.profiler.step_begins(step)
             batch = self.train_loader.step(step)
             values = self.train_step(step, batch)
-            self.profiler.step_done(step)
+            if self.profiler.is_last(step):
+                go_on = self.throughput.pause()
+                self.health.at("writing a trace", step)
+                self.profiler.stop()
+                go_on()
             if _due(self.cadence.log, step) or step + 1 == self.total_steps:
                 self.log.log(step, values | self.throughput.read() | self.memory.read())
             self.checkpoints.poll()

@@ -5,7 +5,8 @@ Shape suffixes: T query rows, U keys, H query heads of this rank, G key heads of
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -173,6 +174,16 @@ def alibi_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segme
     return torch.cat(outputs)
 
 
+@functools.cache
+def why_no_flash_attn() -> str:
+    """Why the flash-attn package cannot be used, as where it was built for another torch; empty if it can."""
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
 def choose_kernel(
     device: torch.device, dtype: torch.dtype, *, alibi: bool = False, backend: Backend = "auto"
 ) -> Kernel:
@@ -182,18 +193,20 @@ def choose_kernel(
         RecipeError: the kernel named does not serve this device, dtype or kind of positions.
     """
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    installed = importlib.util.find_spec("flash_attn") is not None
     per_segment = alibi_attention if alibi else sdpa_attention
     if backend == "sdpa":
         return per_segment
     if backend == "auto":
-        if half_on_gpu and installed:
+        if half_on_gpu and not why_no_flash_attn():
             return flash_attention
         return varlen_attention if half_on_gpu and not alibi else per_segment
     for wrong, why in (
         (not half_on_gpu, f"runs on GPUs in bf16 or fp16, and this is {dtype} on {device.type}"),
         (backend == "varlen" and alibi, "takes no ALiBi slopes"),
-        (backend == "flash" and not installed, "needs the package flash-attn: pip install 'paralign[gpu]'"),
+        (
+            backend == "flash" and bool(why_no_flash_attn()),
+            f"cannot be used ({why_no_flash_attn()}): pip install 'paralign[gpu]'",
+        ),
     ):
         if wrong:
             raise RecipeError(f"model.attention_backend: {backend} {why}; or set it to auto")

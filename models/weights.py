@@ -312,6 +312,9 @@ def in_blocks(*sides: Parts, elements: int = BLOCK) -> Iterator[tuple[Tensor, ..
         rest = [
             head[count:] if head.numel() > count else next(parts, None) for head, parts in zip(heads, flat)
         ]
+    if any(tensor is not None for tensor in rest):
+        sizes = ", ".join(str(sum(part.numel() for part in side)) for side in sides)
+        raise WeightsError(f"tensors of different sizes side by side: {sizes} elements; expected equal ones")
 
 
 def _resized(shape: Sequence[int], dim: int, size: int) -> Shape:

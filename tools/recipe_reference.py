@@ -33,7 +33,9 @@ def _lines(section: type[Section], place: str, told: set[type[Section]]) -> Iter
             if len(found) > 1:  # an objective: told apart by its name
                 label += f": {get_args(child.model_fields['name'].annotation)[0]}"
             inner.append((child, label))
-        rows.append(f"| `{key}` | {_default(field)} | {_text(meaning(section, key), field)} |")
+        described = meaning(section, key)
+        default = "" if "Default: " in described else _default(field)
+        rows.append(f"| `{key}` | {default} | {_text(described, field)} |")
     if place:
         yield f"### `{place.rstrip('.')}`\n"
     first = (section.__doc__ or "").split("\n")[0]

@@ -6,9 +6,11 @@ Owns what is saved and that it appears whole or not at all; store.py owns the di
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -89,12 +91,13 @@ class NativeCheckpoints:
             copy_assets(self._assets, partial / ASSETS, dtype=dtype)
         self._mesh.barrier()
         self._optimizer.synchronize_weights()
-        request = dist_checkpointing.save(
-            self._state(is_loading=False),
-            str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1),
-            async_sharded_save=self._config.async_save,
-        )
+        with _main_stays_out_of_processes():
+            request = dist_checkpointing.save(
+                self._state(is_loading=False),
+                str(partial),
+                TorchDistSaveShardedStrategy("torch_dist", 1),
+                async_sharded_save=self._config.async_save,
+            )
         if request is None:
             self._publish(directory)
         else:
@@ -170,6 +173,18 @@ class NativeCheckpoints:
             state, is_loading=is_loading, metadata=metadata
         )
         return state
+
+
+@contextmanager
+def _main_stays_out_of_processes() -> Iterator[None]:
+    """megatron-core's first save spawns a process on each rank, for a queue. multiprocessing would import the main
+    module into it again, and with it torch: seconds of work for nothing."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _differences(saved: Arch, ours: Arch) -> str:

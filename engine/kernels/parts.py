@@ -76,7 +76,7 @@ def torch_parts() -> Parts:
 def describe_kernels(kernels: Kernels) -> str:
     """Which implementation runs, for the start of a run."""
     if kernels == "reference":
-        return "torch, as the recipe says"
+        return "torch, as the recipe says, but for the head"
     found = find_library()
     if found.library is None:
         return f"torch ({found.reason})"

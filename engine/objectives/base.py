@@ -42,7 +42,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Linear(Protocol):
+class KnownRowGradient(Protocol):
     """An objective whose loss is one number times the sum of what the head gave."""
 
     def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:

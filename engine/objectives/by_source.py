@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Column, LossSum, PackedBatch, Unit
-from .base import Linear, Objective, means
+from .base import KnownRowGradient, Objective, means
 
 
 class BySource:
@@ -36,8 +36,8 @@ class BySource:
         return LossSum(inner.totals, torch.cat((inner.metrics, self._by_source(out.detach(), batch))))
 
     def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:
-        """The objective's own; see Linear."""
-        return self._objective.row_gradient(counts) if isinstance(self._objective, Linear) else None
+        """The objective's own; see KnownRowGradient."""
+        return self._objective.row_gradient(counts) if isinstance(self._objective, KnownRowGradient) else None
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """The objective's metrics, and the curves of those sources that had a token with a loss."""

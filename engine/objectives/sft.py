@@ -37,7 +37,7 @@ class SFT:
         return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
 
     def row_gradient(self, counts: Mapping[Unit, int]) -> float:
-        """See Linear."""
+        """See KnownRowGradient."""
         return -1 / max(1, counts[Unit.TOKEN])
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:

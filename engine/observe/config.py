@@ -36,7 +36,7 @@ class ProfileConfig(Section):
         to: the step before which tracing ends.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(serialize_by_alias=True)
 
     first: int = Field(alias="from", ge=0)
     to: int

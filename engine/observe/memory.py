@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-WORTH_WRITING = 1.01  # how much the largest peak must grow before the file is written again
+WORTH_WRITING = 1.01  # how much some peak must grow before the file is written again
 
 
 class Memory:
     """Gathers peaks: what torch allocated on the GPU at once, or on the CPU the process's resident size.
 
     The file `run_dir/memory.json` holds {"rank", "tp", "pp", "dp", "peak_gb"} for each rank, in 10⁹ bytes. It is
-    kept up to date while the run goes on, so that a run which dies of memory leaves it behind.
+    kept up to date from the first report on, so that a run which dies of memory later leaves it behind.
 
     Args:
         place: ranks along tensor, pipeline and data parallelism.
@@ -28,7 +28,12 @@ class Memory:
     ) -> None:
         self._path = run_dir / "memory.json"
         self._rank, self._world_size, self._place, self._device = rank, world_size, place, device
-        self._written = 0.0
+        self._written = [0.0] * world_size
+
+    def start(self) -> None:
+        """Forget what a start before this one left, perhaps at another layout."""
+        if self._rank == 0:
+            self._path.unlink(missing_ok=True)
 
     def read(self) -> dict[str, float]:
         """`peak_memory_gb` of the fullest rank so far. Collective."""
@@ -38,9 +43,10 @@ class Memory:
         every = [torch.empty_like(mine) for _ in range(self._world_size)]
         dist.all_gather(every, mine)
         rows = torch.stack(every).tolist()
-        largest = max(row[-1] for row in rows)
-        if self._rank == 0 and largest > WORTH_WRITING * self._written:
-            self._written = largest
+        peaks = [row[-1] for row in rows]
+        grown = any(peak > WORTH_WRITING * before for peak, before in zip(peaks, self._written))
+        if self._rank == 0 and grown:
+            self._written = peaks
             ranks = [
                 dict(zip(("rank", "tp", "pp", "dp"), map(int, row), strict=False))
                 | {"peak_gb": round(row[-1] / 1e9, 3)}
@@ -49,7 +55,7 @@ class Memory:
             temporary = self._path.with_suffix(".part")
             temporary.write_text(json.dumps(ranks, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
-        return {"peak_memory_gb": largest / 1e9}
+        return {"peak_memory_gb": max(peaks) / 1e9}
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -26,7 +26,9 @@ class Profiler:
         self._trace: profile | None = None
 
     def step_begins(self, step: int) -> None:
-        if self._config is None or step != self._config.first:
+        """Starts where the window begins, or where a run is resumed inside it."""
+        config = self._config
+        if config is None or self._trace is not None or not config.first <= step < config.to:
             return
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
@@ -34,18 +36,15 @@ class Profiler:
         self._trace = profile(activities=activities, record_shapes=True, profile_memory=True)
         self._trace.start()
 
-    def step_done(self, step: int) -> Path | None:
-        """Writes the trace behind the last step of the window; its path, then only."""
-        if self._trace is None or self._config is None or step + 1 < self._config.to:
-            return None
-        return self.stop()
+    def is_last(self, step: int) -> bool:
+        """Whether the window ends behind this step."""
+        return self._config is not None and step + 1 == self._config.to
 
-    def stop(self) -> Path | None:
-        """Ends a trace that is running, as where the run ends inside the window."""
+    def stop(self) -> None:
+        """Ends and writes a trace, if one is running."""
         if self._trace is None:
-            return None
+            return
         self._trace.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._trace.export_chrome_trace(str(self._path))
         self._trace = None
-        return self._path

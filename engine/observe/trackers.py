@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import uuid
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, first_step: int, recipe: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._recipe = recipe
 
     def start(self, facts: Mapping[str, str]) -> None:
@@ -81,7 +80,7 @@ class WeightsAndBiases:
         except wandb.Error as error:
             raise RecipeError(
                 f"observe.wandb: {str(error).rstrip('.')}; run `wandb login`, or set observe.wandb.mode: offline and "
-                f"`wandb sync` {run_dir / 'wandb'} later"
+                f"`wandb sync` {run_dir / 'wandb'}/offline-run-* later"
             ) from None
         self._run.define_metric("*", step_metric="step")
 
@@ -89,7 +88,7 @@ class WeightsAndBiases:
         self._run.config.update({"facts": dict(facts)}, allow_val_change=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **{name: v for name, v in values.items() if math.isfinite(v)}})
+        self._run.log({"step": step, **values})
 
     def note(self, step: int, text: str) -> None:
         self._run.alert(title=f"step {step}", text=text)

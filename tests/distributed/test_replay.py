@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from paralign.engine.check import check
+from paralign.engine.data.epochs import Epochs
+from paralign.engine.data.sampler import packs_of_step
 from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.recipe import load
 from paralign.engine.run import train
@@ -19,7 +22,11 @@ from .toy import make_toy, train_recipe, write_recipe
 
 TP2_DP2 = {"tensor_model_parallel_size": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}
 VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-SETTINGS: dict[str, Any] = {"train__eval_every_steps": None}
+SETTINGS: dict[str, Any] = {
+    "train__eval_every_steps": 5,
+    "train__generate_samples": 1,
+    "train__generate_max_tokens": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,15 @@ def replay_recipe(rank: int, world_size: int, recipe: Path, step: int) -> None:
     train(check(load(recipe), world_size), local_rank=rank, replay_step=step)
 
 
+def _files(run_dir: Path) -> dict[Path, bytes]:
+    """All that the run has written, but for what replays leave."""
+    return {
+        path: path.read_bytes()
+        for path in run_dir.rglob("*")
+        if path.is_file() and "replay" not in path.parts
+    }
+
+
 def _replayed(run_dir: Path, step: int) -> dict[str, Any]:
     return json.loads((run_dir / f"replay/step_{step:07d}.json").read_text(encoding="utf-8"))
 
@@ -52,16 +68,16 @@ def test_the_sample_that_spoilt_a_step_is_found(
     recipe = write_recipe(toy, name, layout, **SETTINGS, checkpoint__save_every_steps=None)
     with pytest.raises(RankFailure, match=r"step \d+: the gradient norm is (nan|inf)"):
         ranks.run(n, train_recipe, recipe)
-    before = (toy / name / "metrics.jsonl").read_bytes()
+    before = _files(toy / name)
     logged = {line["step"]: line for line in read_metrics(toy / name) if "loss" in line}
     spoilt = max(line["step"] for line in read_metrics(toy / name))
 
     ranks.run(n, replay_recipe, recipe, spoilt)
     found = _replayed(toy / name, spoilt)
-    assert [
-        pack["samples"] for pack in found["samples"] if pack["largest_gradient"] != pack["largest_gradient"]
-    ] == [[f"{toy / 'chats.jsonl'}:121"]]
-    assert sum(pack["largest_gradient"] != pack["largest_gradient"] for pack in found["packs"]) == 1
+    assert [pack["samples"] for pack in found["samples"] if pack["largest_gradient"] is None] == [
+        [f"{toy / 'chats.jsonl'}:121"]
+    ]
+    assert sum(pack["largest_gradient"] is None for pack in found["packs"]) == 1
 
     if spoilt:  # a step before it: weights from the start, steps done again, nothing logged
         ranks.run(n, replay_recipe, recipe, spoilt - 1)
@@ -72,4 +88,29 @@ def test_the_sample_that_spoilt_a_step_is_found(
         )
         assert sum(pack["loss"] for pack in found["packs"]) == pytest.approx(found["loss"], rel=1e-6)
         assert found["samples"] == []
-    assert (toy / name / "metrics.jsonl").read_bytes() == before
+    assert _files(toy / name) == before
+
+
+def test_a_pair_is_found_with_a_kept_reference(toy: Path, ranks: RankPool) -> None:
+    pairs = [{"prompt": "red", "chosen": "red sun", "rejected": "sun"}] * 40
+    pairs[17] = {"prompt": "zebra", "chosen": "red", "rejected": "blue"}
+    (toy / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = write_recipe(toy, "dpo", {}, data__train=str(toy / "pairs.jsonl"), train__max_steps=3)
+    objective = {"name": "dpo", "beta": 0.1, "reference": "online"}
+    text = recipe.read_text().replace("objective: sft", f"objective: {json.dumps(objective)}")
+    text = re.sub(r"  validation:\n.*\n", "", text).replace("eval_every_steps: 5", "eval_every_steps: null")
+    recipe.write_text(text)
+    step = next(n for n in range(2) if _spoilt(recipe, n))
+    ranks.run(1, replay_recipe, recipe, step)
+    found = _replayed(toy / "dpo", step)
+    assert [pack["samples"] for pack in found["samples"] if pack["largest_gradient"] is None] == [
+        [f"{toy / 'pairs.jsonl'}:18"]
+    ]
+
+
+def _spoilt(recipe: Path, step: int) -> bool:
+    """Whether the step holds the pair with the unknown word."""
+    cache = check(load(recipe), 1).caches["train"]
+    epochs = Epochs(cache, global_batch_size=8, seed=3)
+    packs = packs_of_step(len(epochs.plan(0)), 8, step)
+    return any(cache.place(i).endswith(":18") for k in packs for i in epochs.plan(0).pack(k).tolist())

@@ -46,6 +46,19 @@ def test_the_first_moments_go_to_the_host(offloaded: float, places: str) -> None
         assert all(optimizer.state[p][name].shape == p.shape for p in parameters)
 
 
+def test_moments_stay_where_they_are_when_state_is_loaded() -> None:
+    """torch would take them to the parameter's device."""
+    parameters, optimizer = make(FusedAdamW)
+    step(parameters, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    homes = [optimizer.state[p]["exp_avg"] for p in parameters]
+    step(parameters, optimizer, 1)
+    optimizer.load_state_dict(saved)
+    for i, (parameter, home) in enumerate(zip(parameters, homes)):
+        assert optimizer.state[parameter]["exp_avg"] is home
+        assert torch.equal(home, saved["state"][i]["exp_avg"])
+
+
 def test_updates_and_state_are_torchs_to_rounding() -> None:
     (ours, fused), (theirs, plain) = make(FusedAdamW), make(torch.optim.AdamW)
     for number in range(4):
