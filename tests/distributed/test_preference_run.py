@@ -23,6 +23,7 @@ from .toy import WORDS, make_toy, train_recipe, write_recipe
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
 DPO = {"name": "dpo", "beta": 0.1}
 KTO = {"name": "kto", "beta": 0.1}
+SAVING: dict[str, Any] = {"checkpoint__save_every_steps": 3}
 REWARD = {"name": "reward", "alpha": 0.1, "score_range": [1, 5]}
 
 
@@ -51,17 +52,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _recipe(toy: Path, name: str, layout: dict[str, Any], objective: dict[str, Any], **changes: Any) -> Path:
     data = str(toy / ("labelled.jsonl" if objective["name"] == "kto" else "pairs.jsonl"))
-    path = write_recipe(
-        toy,
-        name,
-        layout,
-        data__train=data,
-        data__validation={"same": data},
-        train__max_steps=6,
-        train__global_batch_size=4,
-        checkpoint__save_every_steps=3,
-        **changes,
-    )
+    settings: dict[str, Any] = {
+        "data__train": data,
+        "data__validation": {"same": data},
+        "train__max_steps": 6,
+        "train__global_batch_size": 4,
+        "checkpoint__save_every_steps": None,  # a save costs seconds
+    }
+    path = write_recipe(toy, name, layout, **(settings | changes))
     path.write_text(path.read_text().replace("objective: sft", f"objective: {json.dumps(objective)}"))
     return path
 
@@ -122,7 +120,7 @@ def test_kto_is_the_same_however_it_is_divided(toy: Path, ranks: RankPool) -> No
 def test_resumed_reward_model_equals_uninterrupted(toy: Path, ranks: RankPool) -> None:
     ranks.run(4, train_recipe, _recipe(toy, "reward", TP2_PP2, REWARD))
     with pytest.raises(RankFailure):
-        ranks.run(4, train_recipe, _recipe(toy, "reward-killed", TP2_PP2, REWARD), 4)
+        ranks.run(4, train_recipe, _recipe(toy, "reward-killed", TP2_PP2, REWARD, **SAVING), 4)
     ranks.run(2, train_recipe, _recipe(toy, "reward-killed", {"pipeline_model_parallel_size": 2}, REWARD))
     assert _losses(toy / "reward-killed") == pytest.approx(_losses(toy / "reward"), rel=1e-4)
 
@@ -142,7 +140,9 @@ def test_resumed_at_another_layout_goes_on_alike(
 ) -> None:
     """The reference, and KTO's mismatched answers, are those of the same steps."""
     straight, resumed = toy / f"{objective['name']}-straight", toy / f"{objective['name']}-resumed"
-    ranks.run(2, train_recipe, _recipe(toy, straight.name, {"tensor_model_parallel_size": 2}, objective))
+    ranks.run(
+        2, train_recipe, _recipe(toy, straight.name, {"tensor_model_parallel_size": 2}, objective, **SAVING)
+    )
     shutil.copytree(straight / "checkpoints/iter_0000003", resumed / "checkpoints/iter_0000003")
     ranks.run(1, train_recipe, _recipe(toy, resumed.name, {}, objective))
     lines = [line for line in read_metrics(resumed) if "loss" in line]
