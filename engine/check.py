@@ -84,7 +84,7 @@ class CheckReport:
             f"{self.recipe.model.dtype}, from {self.recipe.model.init}",
             "layout": f"{layout.world_size} GPUs = tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{chunks}; "
             f"at most {_billions(self.parameters_per_rank)} parameters a GPU",
-            "state": f"at most {self.state_bytes_per_rank / 1e9:,.1f} GB a GPU for weights, gradients and optimizer; "
+            "state": f"at most {self.state_bytes_per_rank / 1e9:.3g} GB a GPU for weights, gradients and optimizer; "
             "activations come on top",
             **{name: _described(cache) for name, cache in self.caches.items()},
             "packs": f"{steps.packs:,} of {self.recipe.data.tokens_per_pack:,} tokens, "

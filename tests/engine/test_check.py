@@ -118,3 +118,18 @@ def test_the_command_line_starts_without_megatron(project: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_per_parameter"),
+    [
+        ((), 8 + 8 / 2),
+        (("model.dtype=bf16",), 6 + 12 / 2),
+        (("model.dtype=bf16", "optimizer.optimizer_cpu_offload=true"), 6 + 4 / 2),
+    ],
+)
+def test_state_is_weights_gradients_and_a_share_of_the_optimizer(
+    project: Path, overrides: tuple[str, ...], bytes_per_parameter: float
+) -> None:
+    report = check(load(project / "recipe.yaml", overrides), 4)  # tp 2 × dp 2
+    assert report.state_bytes_per_rank == report.parameters_per_rank * bytes_per_parameter

@@ -44,7 +44,7 @@ def test_without_kernels_torch_runs_and_with_them_our_operations(
     assert not fused("reference")
     assert choose_parts("reference") == torch_parts()
     assert describe_kernels("auto") == "CUDA, sm_90, PTX 90"
-    assert describe_kernels("reference") == "torch, as the recipe says"
+    assert describe_kernels("reference") == "torch, as the recipe says, but for the head"
 
 
 def test_required_refuses_the_fallback_and_says_why(not_built: Path) -> None:
