@@ -81,6 +81,7 @@ def train(
     from .check import check
     from .launch import rank_environment, run_local
     from .recipe import load
+    from .run import REPLAY
 
     world_size = rank_environment().world_size
     if world_size > 1:
@@ -92,7 +93,7 @@ def train(
     loaded = load(recipe, overrides or ())
     # Bad input ends here, before any rank starts, and the data is tokenised once.
     report = check(loaded, nproc or _gpus(), progress=True)
-    again = [] if replay_step is None else [f"--replay-step={replay_step}"]
+    again = [] if replay_step is None else [f"{REPLAY}{replay_step}"]
     raise typer.Exit(run_local(recipe, [*(overrides or ()), *again], report.layout.world_size))
 
 

@@ -178,17 +178,11 @@ def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
     return [merged[key] for key in sorted(merged)]
 
 
-def show(found: Replay, weights: str, path: Path, console: Console) -> None:
-    """Write the report to `path` as JSON, and what it says to the console.
-
-    Args:
-        weights: where the weights before the step come from.
-    """
+def show(found: Replay, path: Path, console: Console) -> None:
+    """Write the report to `path` as JSON, and what it says to the console."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(asdict(found)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    console.print(
-        f"step {found.step}, weights {weights}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}"
-    )
+    console.print(f"step {found.step}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}")
     table = Table(
         "dp rank", "micro-batch", "share of the loss", "largest gradient", "parameter", "samples", box=None
     )

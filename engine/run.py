@@ -152,10 +152,7 @@ def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
         console.print(f"from {start}; {step - trainer.first_step} steps to do again")
     found = replay(trainer, step)
     if trainer.mesh.is_main:
-        again = step - trainer.first_step
-        weights = f"after {trainer.first_step} steps" + f" and {again} done again" * (again > 0)
-        path = run_dir / "replay" / f"step_{step:07d}.json"
-        show(found, weights, path, console)
+        show(found, run_dir / "replay" / f"step_{step:07d}.json", console)
 
 
 def build_trainer(report: CheckReport, mesh: Mesh, replay_step: int | None = None) -> Trainer:

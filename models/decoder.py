@@ -63,9 +63,9 @@ class Parts:
     norm: ModuleSpec
     core_attention: type
     rotate: Rotate
-    attention_backend: Backend
     activation: Callable[[Tensor], Tensor]  # (T, 1, 2F), gate first, to (T, 1, F)
     token_logprob: TokenLogprob
+    attention_backend: Backend = "auto"
 
 
 class LogProbHead(ColumnParallelLinear):

@@ -53,7 +53,6 @@ def fused_parts() -> Parts:
         norm=ModuleSpec(module=RMSNorm, params={"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}),
         core_attention=PackedAttention,
         rotate=rope,
-        attention_backend="auto",
         activation=swiglu,
         token_logprob=token_logprob,
     )
@@ -67,7 +66,6 @@ def torch_parts() -> Parts:
         ),
         core_attention=PackedAttention,
         rotate=rotate,
-        attention_backend="auto",
         activation=_torch_swiglu,
         token_logprob=token_logprob,
     )

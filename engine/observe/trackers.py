@@ -94,6 +94,5 @@ class WeightsAndBiases:
         self._run.alert(title=f"step {step}", text=text)
 
     def close(self) -> None:
-        self._run.finish(
-            exit_code=1 if sys.exc_info()[0] else 0
-        )  # closed on the way out of an error: crashed
+        closed_by_an_error = sys.exc_info()[0] is not None
+        self._run.finish(exit_code=int(closed_by_an_error))

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from paralign.engine.checkpoint.manifest import Difference, check_against_manifest, compare
@@ -14,22 +13,15 @@ from paralign.engine.cli import app
 from paralign.engine.convert import convert
 from paralign.models.errors import WeightsError
 
+from .conftest import one_layer_llama
+
 NORM = "model.layers.0.input_layernorm.weight"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    small = LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     root = tmp_path_factory.mktemp("models")
-    LlamaForCausalLM(small).to(torch.bfloat16).save_pretrained(root / "source")
+    one_layer_llama().to(torch.bfloat16).save_pretrained(root / "source")
     convert(root / "source", root / "hf", to="hf", progress=False)
     convert(root / "source", root / "native", progress=False)
     return root

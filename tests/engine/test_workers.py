@@ -8,26 +8,19 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.checkpoint import workers
 from paralign.engine.checkpoint.manifest import check_against_manifest, compare
 from paralign.engine.convert import convert
 from paralign.engine.merge import load_merge, merge
 
+from .conftest import one_layer_llama
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    small = LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     directory = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(small).save_pretrained(directory / "hf")
+    one_layer_llama().save_pretrained(directory / "hf")
     convert(directory / "hf", directory / "native")
     return directory
 
