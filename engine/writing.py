@@ -33,6 +33,7 @@ from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
 from .checkpoint.workers import Advance, ByteBar, over
+from .whole_file import write_whole
 
 Kind = Literal["hf", "native"]
 PLAN = "plan.json"
@@ -194,7 +195,7 @@ class _Job:
                     self._source.release()
 
             facts = self._target.write(file, tensors())
-            _write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
+            write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
 
         over(files, write_file, workers)
         self._target.facts = {
@@ -302,7 +303,7 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if not saved.is_file() or json.loads(saved.read_text()) != plan:
                 shutil.rmtree(part)
                 part.mkdir()
-                _write_whole(saved, json.dumps(plan))
+                write_whole(saved, json.dumps(plan))
             try:
                 yield part
             except WeightsError:
@@ -322,9 +323,3 @@ def _refuse_without_room(dst: Path, needed: int) -> None:
             f"{dst}: {needed:,} bytes are needed and {free:,} are free in {parent}; make room or choose "
             "another disk"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower floors first: a room may import rooms of lower floors only.
 FLOORS = [
-    {"batch", "config", "kernels", "launch", "merge_methods", "slurm"},
+    {"batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
     {"data", "layout", "model", "objectives", "observe", "recipe_file", "schedule"},
     {"mesh", "optim"},
     {"build", "checkpoint", "step"},

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import warnings
 import zipfile
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from paralign.models.errors import CheckpointError
 from paralign.models.weights import Parts, Shape
 
+from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
 
 METADATA = ".metadata"
@@ -191,9 +191,7 @@ def write_metadata(
         storage_data={MetadataIndex(name, offsets[name]): _StorageInfo(*stretches[name]) for name in shapes},
         version="1.0.0",
     )
-    temporary = directory / f"{METADATA}.part"
-    temporary.write_bytes(pickle.dumps(metadata))
-    os.replace(temporary, directory / METADATA)
+    write_whole(directory / METADATA, pickle.dumps(metadata))
 
 
 class _TensorPlan(NamedTuple):

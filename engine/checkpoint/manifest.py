@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Parts, Rule, bit_equal, in_blocks
 
+from ..whole_file import write_whole
 from .rawfile import raw
 from .source import ModelSource, open_source
 from .workers import ByteBar, over
@@ -56,9 +56,7 @@ def write_manifest(directory: Path, digests: Mapping[str, Digest], **about: Any)
         "fingerprint": fingerprint(digests),
         "tensors": {name: asdict(entry) for name, entry in digests.items()},
     }
-    temporary = directory / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / MANIFEST)
+    write_whole(directory / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Digest]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from paralign.models.errors import CheckpointError
 
+from ..whole_file import write_whole
 from .config import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -89,10 +90,7 @@ def publish(directory: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
     os.replace(unfinished(directory), directory)
-    tracker = directory.parent / TRACKER
-    temporary = tracker.with_suffix(".part")
-    temporary.write_text(f"{_step_of(directory)}\n", encoding="utf-8")
-    os.replace(temporary, tracker)
+    write_whole(directory.parent / TRACKER, f"{_step_of(directory)}\n")
 
 
 def rotate(root: Path, config: CheckpointConfig) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from ..whole_file import write_whole
 
 WORTH_WRITING = 1.01  # how much some peak must grow before the file is written again
 
@@ -52,9 +53,7 @@ class Memory:
                 | {"peak_gb": round(row[-1] / 1e9, 3)}
                 for row in rows
             ]
-            temporary = self._path.with_suffix(".part")
-            temporary.write_text(json.dumps(ranks, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+            write_whole(self._path, json.dumps(ranks, indent=1) + "\n")
         return {"peak_memory_gb": max(peaks) / 1e9}
 
 

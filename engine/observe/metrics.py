@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from paralign.models.errors import ParalignError
 
+from ..whole_file import write_whole
 from .config import ObserveConfig
 
 _SHOWN: dict[str, Callable[[float], str]] = {
@@ -110,9 +110,7 @@ class JsonLines:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in read_metrics(run_dir) if line["step"] < first_step]
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def start(self, facts: Mapping[str, str]) -> None:
