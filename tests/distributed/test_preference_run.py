@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.score_file import score_file
 
 from .pool import RankFailure, RankPool
-from .toy import WORDS, make_toy, train_recipe, write_recipe
+from .toy import make_preferences, make_toy, train_recipe, write_recipe
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
 DPO = {"name": "dpo", "beta": 0.1}
@@ -31,22 +30,7 @@ REWARD = {"name": "reward", "alpha": 0.1, "score_range": [1, 5]}
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("preferences")
     make_toy(directory, n_chats=20)
-    draw = random.Random(4)
-    pairs, labelled = [], []
-    for i in range(60):
-        words = draw.choices(WORDS, k=draw.randint(2, 12))
-        question, better, worse = " ".join(words), " ".join(sorted(words)), " ".join(words[: i % 3 + 1])
-        pair: dict[str, Any] = {"prompt": question, "chosen": better, "rejected": f"{worse} sun"}
-        if i % 2:
-            pair |= {"chosen_score": draw.randint(3, 5), "rejected_score": draw.randint(1, 3)}
-        pairs.append(pair)
-        labelled += [
-            {"prompt": question, "completion": pair["chosen"], "label": True},
-            {"prompt": question, "completion": pair["rejected"], "label": False},
-        ]
-    for name, records in (("pairs", pairs), ("labelled", labelled)):
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (directory / f"{name}.jsonl").write_text(text)
+    make_preferences(directory)
     return directory
 
 
@@ -59,9 +43,7 @@ def _recipe(toy: Path, name: str, layout: dict[str, Any], objective: dict[str, A
         "train__global_batch_size": 4,
         "checkpoint__save_every_steps": None,  # a save costs seconds
     }
-    path = write_recipe(toy, name, layout, **(settings | changes))
-    path.write_text(path.read_text().replace("objective: sft", f"objective: {json.dumps(objective)}"))
-    return path
+    return write_recipe(toy, name, layout, objective=objective, **(settings | changes))
 
 
 def _losses(run_dir: Path) -> list[float]:

@@ -1,4 +1,4 @@
-"""A toy to train for real in tests: a directory with tokenizer, model and chats, and a recipe for it."""
+"""A toy to train for real in tests: a directory with tokenizer, model, chats and preferences, and a recipe for it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,28 @@ def make_toy(directory: Path, *, family: str = "llama", n_chats: int = 120) -> N
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
+def make_preferences(directory: Path) -> None:
+    """Write `pairs.jsonl` for DPO and the reward model, and the same answers as `labelled.jsonl` for KTO."""
+    draw = random.Random(4)
+    pairs, labelled = [], []
+    for i in range(60):
+        words = draw.choices(WORDS, k=draw.randint(2, 12))
+        question, better, worse = " ".join(words), " ".join(sorted(words)), " ".join(words[: i % 3 + 1])
+        pair: dict[str, Any] = {"prompt": question, "chosen": better, "rejected": f"{worse} sun"}
+        if i % 2:
+            pair |= {"chosen_score": draw.randint(3, 5), "rejected_score": draw.randint(1, 3)}
+        pairs.append(pair)
+        labelled += [
+            {"prompt": question, "completion": pair["chosen"], "label": True},
+            {"prompt": question, "completion": pair["rejected"], "label": False},
+        ]
+    for name, records in (("pairs", pairs), ("labelled", labelled)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (directory / f"{name}.jsonl").write_text(text)
+
+
 def write_recipe(directory: Path, name: str, layout: dict[str, Any], **changes: Any) -> Path:
-    """A recipe for the toy; `changes` are dotted keys with `__` for the dot."""
+    """A recipe for the toy; `changes` are dotted keys with `__` for the dot, or whole sections."""
     recipe: dict[str, Any] = {
         "objective": "sft",
         "run_dir": str(directory / name),
@@ -65,7 +85,10 @@ def write_recipe(directory: Path, name: str, layout: dict[str, Any], **changes: 
     }
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
-        recipe.setdefault(section, {})[leaf] = value
+        if leaf:
+            recipe.setdefault(section, {})[leaf] = value
+        else:
+            recipe[section] = value
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
