@@ -80,8 +80,9 @@ def train(
     """
     from .check import check
     from .launch import rank_environment, run_local
+    from .rank import REPLAY
     from .recipe import load
-    from .run import REPLAY
+    from .stop import Stop
 
     world_size = rank_environment().world_size
     if world_size > 1:
@@ -92,7 +93,8 @@ def train(
         )
     loaded = load(recipe, overrides or ())
     # Bad input ends here, before any rank starts, and the data is tokenised once.
-    report = check(loaded, nproc or _gpus(), progress=True)
+    with Stop():
+        report = check(loaded, nproc or _gpus(), progress=True)
     again = [] if replay_step is None else [f"{REPLAY}{replay_step}"]
     raise typer.Exit(run_local(recipe, [*(overrides or ()), *again], report.layout.world_size))
 

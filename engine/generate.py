@@ -8,7 +8,6 @@ bound the cost.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .data.render import open_tokenizer
 from .kernels.greedy_token import greedy_token
 from .mesh import Mesh
 from .step import run_forward
+from .whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,4 @@ def _cut(path: Path, first_step: int) -> None:
                 kept.append(line)
         except ValueError:  # torn by a kill
             continue
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))

@@ -19,8 +19,9 @@ from typing import IO
 
 from paralign.models.errors import TrainingError
 
+from .stop import STOP_SIGNALS
+
 _POLL_SECONDS = 0.02
-_ASKS_TO_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -132,16 +133,22 @@ def _start(command: list[str], environ: Mapping[str, str], rank: int) -> subproc
         # A session of its own: Ctrl-C reaches the ranks through this process, once, and a rank's workers
         # can be ended with it.
         start_new_session=True,
-        preexec_fn=_die_with_parent(),
+        preexec_fn=_before_python(),
     )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # resolved here: nothing is loaded after the fork
+def _before_python() -> Callable[[], None]:
+    """What a rank does first: it keeps signals until it can hear them, and dies with this process on Linux."""
+    on_linux = sys.platform == "linux"
+    prctl, parent = (
+        ctypes.CDLL(None).prctl if on_linux else None,
+        os.getpid(),
+    )  # nothing is loaded after the fork
 
     def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if prctl is None:
+            return
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before it could be watched
             os._exit(1)
@@ -156,7 +163,7 @@ def _echo(stream: IO[str], prefix: str) -> None:
 
 def _wait(ranks: list[subprocess.Popen[str]], caught: list[int]) -> int:
     asked = False
-    while not caught or (not asked and caught[0] in _ASKS_TO_SAVE):
+    while not caught or (not asked and caught[0] in STOP_SIGNALS):
         if caught:
             asked, number = True, signal.Signals(caught.pop())
             print(f"{number.name}: the ranks save and stop", file=sys.stderr)
@@ -195,7 +202,7 @@ def _caught_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: caught.append(number))
-        for number in (signal.SIGINT, signal.SIGHUP, *_ASKS_TO_SAVE)
+        for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS)
     }
     try:
         yield caught

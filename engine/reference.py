@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,11 +21,13 @@ import torch.distributed as dist
 
 from paralign.models.errors import DataError
 
+from .array_file import read_arrays
 from .batch import PackedBatch
 from .checkpoint.hf import assets_of
 from .checkpoint.tensorfile import MappedFile, read_header
 from .data.answer_loader import AnswerLoader
 from .mesh import Mesh
+from .whole_file import whole_file
 
 SAMPLE_BYTES = 1 << 12  # of each tensor, at its beginning, middle and end
 
@@ -107,8 +108,8 @@ def read_reference(path: Path, mine: MadeBy) -> np.ndarray:
         DataError: not such a file, or made by other weights, data or template; it says which.
     """
     try:
-        with np.load(path) as stored:
-            theirs, values = json.loads(str(stored["made_by"])), stored["values"]
+        made_by, values = read_arrays(path, "made_by", "values")
+        theirs = json.loads(str(made_by))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not a file of reference log-probabilities ({error}); delete it") from None
     other = [name for name, value in asdict(mine).items() if theirs.get(name) != value]
@@ -135,9 +136,7 @@ def _stored(path: Path, mine: MadeBy, mesh: Mesh, compute: Callable[[], np.ndarr
         return read_reference(path, mine)
     values = compute()
     if mesh.is_main:
-        unfinished = path.with_name(f".{path.name}.part")
-        with unfinished.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, values=values, made_by=np.array(json.dumps(asdict(mine))))
-        os.replace(unfinished, path)
     mesh.barrier()
     return values

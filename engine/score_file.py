@@ -27,6 +27,7 @@ from .data.sources import read_records, record_format
 from .launch import RankEnv
 from .layout import LayoutConfig, resolve
 from .model import ModelConfig
+from .whole_file import whole_file
 
 PACKS_PER_RANK = 8  # between two reports of progress; the schedule needs a multiple of the stages
 
@@ -61,11 +62,9 @@ def score_file(
     lines, groups = _read(model, data, chat_template, tokens_per_pack)
     values = _score(reader, groups, layout, env, dtype, tokens_per_pack)
     if env.rank == 0:
-        partial = output.with_name(f".{output.name}.part")
-        with partial.open("w", encoding="utf-8") as file:
+        with whole_file(output) as file:
             for line, value in zip(lines, values.tolist()):
-                file.write(json.dumps({"line": line, "reward": value}) + "\n")
-        os.replace(partial, output)
+                file.write(f"{json.dumps({'line': line, 'reward': value})}\n".encode())
     return len(groups)
 
 

@@ -27,7 +27,7 @@ def scorer_of(arch: Arch, tokenizer_dir: Path, ends: Collection[int]) -> Scorer:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
     special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     candidates = [tokenizer.pad_token] if tokenizer.pad_token_id is not None else []
     candidates += [text for word in ("pad", "reserved") for text in special if word in text.lower()]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from paralign.models.errors import RecipeError
 
+from .stop import EXIT_STOPPED
+
 SAVE_SECONDS = 600  # what a run is given to save before its time limit ends it
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the state is saved, start it again
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,7 @@ from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
 from .checkpoint.workers import Advance, ByteBar, over
-from .whole_file import write_whole
+from .whole_file import replace_directory, write_whole
 
 Kind = Literal["hf", "native"]
 PLAN = "plan.json"
@@ -310,7 +309,7 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(part)
                 raise
             saved.unlink()
-            os.replace(part, dst)
+            replace_directory(part, dst)
         finally:
             part.with_suffix(".lock").unlink()
 

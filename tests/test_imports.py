@@ -13,15 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower floors first: a room may import rooms of lower floors only.
 FLOORS = [
-    {"batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
+    {"stop"},
+    {"array_file", "batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
     {"data", "layout", "model", "objectives", "observe", "recipe_file", "schedule"},
     {"mesh", "optim"},
     {"build", "checkpoint", "step"},
     {"generate", "recipe", "reference", "rule_table", "score", "scorer", "writing"},
     {"check", "convert", "score_file", "trainer"},
     {"merge", "replay"},
-    {"run"},
-    {"cli"},
+    {"rank"},
+    {"cli", "run"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -37,8 +35,8 @@ from paralign.models.weights import Parts, Shape
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
+from .unpickle import BROKEN, METADATA, Names, Restricted, read_metadata, unreadable
 
-METADATA = ".metadata"
 ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
 
 
@@ -62,13 +60,7 @@ class CheckpointFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                metadata = FileSystemReader(directory).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory / METADATA}: cannot be read ({error}); copy the checkpoint again"
-            ) from None
+        metadata = read_metadata(directory)
         self._storage: Mapping[MetadataIndex, Any] = metadata.storage_data
         ends: dict[str, int] = {}
         for item in self._storage.values():
@@ -130,10 +122,8 @@ class CheckpointFiles:
                 lengths = file.read(
                     4
                 )  # two bytes of the name, two of what is extra: the archive's end has others
-        except (StopIteration, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{path}: {name}: not a tensor as torch.save writes it ({error}); copy the checkpoint again"
-            ) from None
+        except (StopIteration, zipfile.BadZipFile, *BROKEN) as error:
+            raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
         skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         flat = mapped.tensor(header + 30 + skipped, plan.dtype, info.file_size // plan.dtype.itemsize)
         return flat.as_strided(plan.shape, plan.stride, plan.first)
@@ -249,27 +239,23 @@ class _Pickler(pickle.Pickler):
         return obj.persistent_id if isinstance(obj, _Storage) else None
 
 
-class _Unpickler(pickle.Unpickler):
-    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        return pid[2], pid[1]
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _plan,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("collections", "OrderedDict"): OrderedDict,
-            **{("torch", kind): dtype for kind, dtype in STORAGES.items()},
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return known[module, name]
+def _plan(storage: tuple[str, torch.dtype], first: int, shape: Shape, stride: Shape, *_: Any) -> _TensorPlan:
+    return _TensorPlan(*storage, tuple(shape), tuple(stride), first)
 
 
 STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
 
 
-def _plan(storage: tuple[str, torch.dtype], first: int, shape: Shape, stride: Shape, *_: Any) -> _TensorPlan:
-    return _TensorPlan(*storage, tuple(shape), tuple(stride), first)
+class _Unpickler(Restricted):
+    known: ClassVar[Names] = {
+        ("torch._utils", "_rebuild_tensor_v2"): _plan,
+        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+        ("collections", "OrderedDict"): OrderedDict,
+        **{("torch", kind): dtype for kind, dtype in STORAGES.items()},
+    }
+
+    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
+        return pid[2], pid[1]
 
 
 class _Section:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from paralign.models.weights import Rule
 
 from ..layout import stage_rules
 from ..mesh import Mesh
+from ..whole_file import replace_directory
 from .hf import Assets, StageWriter, copy_assets, finish_export, shard_plan
 
 
@@ -58,8 +58,7 @@ def export_hf(
     if mesh.is_main:
         copy_assets(assets, partial, dtype=str(dtype).removeprefix("torch."))
         finish_export(partial, plan)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(partial, directory)
+        replace_directory(partial, directory)
     mesh.barrier()
 
 

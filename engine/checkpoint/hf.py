@@ -26,6 +26,7 @@ from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Rule, Shape, check_shape
 
+from ..whole_file import write_whole
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
 SINGLE = "model.safetensors"
@@ -434,6 +435,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

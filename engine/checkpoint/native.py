@@ -30,6 +30,7 @@ from ..optim import Optimizer
 from . import store
 from .config import CheckpointConfig
 from .hf import Assets, arch_of, copy_assets
+from .unpickle import refuse_more_than_tensors
 
 RECIPE = "recipe.yaml"
 ASSETS = "hf"
@@ -131,13 +132,14 @@ class NativeCheckpoints:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or holds more than tensors.
         """
         saved = arch_of(directory / ASSETS)
         if differing := _differences(saved, arch):
             raise CheckpointError(
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
+        refuse_more_than_tensors(directory)
         state = dist_checkpointing.load(self._state(is_loading=True), str(directory))
         for key, chunk in self._keyed_chunks():
             chunk.module.load_state_dict(state[key])

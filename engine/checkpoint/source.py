@@ -19,8 +19,9 @@ from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import Parts, Rule, Vocabulary
 
-from .dcpfile import METADATA, CheckpointFiles
+from .dcpfile import CheckpointFiles
 from .hf import HFReader, arch_of, is_native
+from .unpickle import METADATA
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 

@@ -2,26 +2,26 @@
 
 <run_dir>/checkpoints/iter_0000100/                 complete: it got its name by a rename, at the very end
                       iter_0000200.part/            being written, or left by a run that died
+                      iter_0000100.old/             the one before, while a newer one of its step takes its place
                       latest_checkpointed_iteration.txt
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paralign.models.errors import CheckpointError
 
-from ..whole_file import write_whole
+from ..whole_file import SET_ASIDE, remove_directory, replace_directory, write_whole
 from .config import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PROGRESS = "progress.json"
+_NAME = re.compile(rf"iter_(\d{{7,}})({re.escape(SET_ASIDE)})?")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,17 @@ def unfinished(directory: Path) -> Path:
 
 
 def complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints, oldest first.
+
+    One that was set aside counts where a kill came before the other one had its name.
+    """
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)]
-    return sorted((path for path in found if (path / PROGRESS).is_file()), key=_step_of)
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir()):  # iter_0000100 comes before iter_0000100.old
+        if _NAME.fullmatch(path.name) and (path / PROGRESS).is_file():
+            found.setdefault(_step_of(path), path)
+    return [found[step] for step in sorted(found)]
 
 
 def latest(root: Path, *, at_most: int | None = None) -> Path | None:
@@ -86,10 +92,11 @@ def write_progress(directory: Path, progress: Progress) -> None:
 
 
 def publish(directory: Path) -> None:
-    """Give a written checkpoint its name, then point the tracker at it."""
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(unfinished(directory), directory)
+    """Give a written checkpoint its name, then point the tracker at it.
+
+    A kill at any moment leaves a complete checkpoint of that step, if there was one before.
+    """
+    replace_directory(unfinished(directory), directory)
     write_whole(directory.parent / TRACKER, f"{_step_of(directory)}\n")
 
 
@@ -106,11 +113,10 @@ def rotate(root: Path, config: CheckpointConfig) -> None:
             kept.add(min(ranked)[1])
     for path in checkpoints:
         if path not in kept:
-            # Renamed first: a removal that is cut short must not leave something that looks complete.
-            doomed = unfinished(path)
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            remove_directory(path)
 
 
 def _step_of(directory: Path) -> int:
-    return int(directory.name.removeprefix("iter_"))
+    match = _NAME.fullmatch(directory.name)
+    assert match, directory
+    return int(match[1])

@@ -19,8 +19,10 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
+from ..array_file import read_array, read_arrays
 from ..batch import Column, Unit
 from .answers import Answer, AnswerLayout, Group
+from .cache import SAMPLE_COLUMNS, SAMPLES
 from .config import DataConfig, SourceConfig
 
 
@@ -140,10 +142,8 @@ class AnswerCache:
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
-            with np.load(directory / "samples.npz") as table:
-                token_counts, n_loss = table["lengths"], table["n_loss"]
-                lines, sources = table["lines"], table["sources"]
-            answers = np.load(directory / "answers.npy")
+            token_counts, n_loss, lines, sources = read_arrays(directory / SAMPLES, *SAMPLE_COLUMNS)
+            answers = read_array(directory / "answers.npy")
             tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
             learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError) as error:

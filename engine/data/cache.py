@@ -27,12 +27,16 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
+from ..array_file import read_arrays
+from ..whole_file import sync, sync_tree
 from .config import DataConfig, SourceConfig
 from .encode import Encoded, Rendering, encode_sources
 from .preference import Kind
 from .render import template_text
 from .sources import content_files, record_format
 
+SAMPLES = "samples.npz"
+SAMPLE_COLUMNS = ("lengths", "n_loss", "lines", "sources")
 VERSION = 2  # of the layout above and of what render makes of a conversation; part of the key
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -114,9 +118,7 @@ class TokenCache:
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
-            with np.load(directory / "samples.npz") as table:
-                lengths, n_loss = table["lengths"], table["n_loss"]
-                lines, sources = table["lines"], table["sources"]
+            lengths, n_loss, lines, sources = read_arrays(directory / SAMPLES, *SAMPLE_COLUMNS)
             tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
             learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError) as error:
@@ -291,7 +293,9 @@ def _build(
             stream = encode_sources(sources, formats, rendering, config.workers)
             _write(temporary, stream, sources, advance)
         try:
+            sync_tree(temporary)
             os.rename(temporary, directory)
+            sync(directory.parent)
         except OSError:
             if not directory.is_dir():
                 raise
@@ -338,7 +342,7 @@ def _write(
             "{% generation %} if it has that"
         )
     np.savez(
-        directory / "samples.npz",
+        directory / SAMPLES,
         lengths=np.concatenate(lengths),
         n_loss=np.concatenate(n_loss),
         lines=np.concatenate(lines),

@@ -10,8 +10,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
@@ -150,6 +152,18 @@ def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
     )
 
 
+def _end_with_parent() -> None:
+    """Worker: a parent that is killed cannot end it, and it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, name="parent watch", daemon=True).start()
+
+
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # a cluster job may use fewer cores than the node has
         return len(os.sched_getaffinity(0))
@@ -171,7 +185,7 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
     # a first chunk.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
-    pool = ProcessPoolExecutor(n_workers, mp_context=context)
+    pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_end_with_parent)
     waiting: deque[Future[Encoded]] = deque()  # bounded: the parent reads far faster than workers tokenise
     try:
         for chunk in chunks:

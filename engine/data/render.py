@@ -240,7 +240,8 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTo
     if is_sentencepiece(directory):
         return SentencePieceTokenizer(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Said outright: transformers asks at the terminal where nothing is said, and a "y" runs what the files hold.
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{directory}: no tokenizer can be opened: {error}") from error
     if not tokenizer.is_fast:

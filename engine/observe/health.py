@@ -1,4 +1,4 @@
-"""Whether a run should go on: signals that ask it to stop, and a watch on ranks that no longer move.
+"""Whether a run should go on: all ranks agree on a request to stop, and ranks that no longer move are noticed.
 
 Owns the watching and the naming of a slow rank; what is done about a stop is the trainer's.
 """
@@ -9,21 +9,20 @@ import faulthandler
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ..stop import Stop
+
 EXIT_STALLED = 76
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun and SLURM; SLURM's warning before the time limit
 
 ItemT = TypeVar("ItemT")
 
@@ -43,34 +42,38 @@ class Health:
     """Watches one rank while it trains; a context manager.
 
     Args:
+        stop: whether this rank was asked to stop.
         run_dir: stalls are written to `stall/rank_00003.txt` there: the position, then the stack of every thread.
         stall_seconds: without a move for so long, the rank ends the run with `EXIT_STALLED`. It must be longer
             than any single operation, such as an export, and shorter than the collectives' own time-out.
     """
 
     def __init__(
-        self, run_dir: Path, *, rank: int, world_size: int, device: torch.device, stall_seconds: float
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        stop: Stop,
+        stall_seconds: float,
     ) -> None:
         self._directory = run_dir / "stall"
         self._world_size = world_size
         self._device = device
         self._stall_seconds = stall_seconds
         self._position = Position(rank, "start", 0, None, time.time())
-        self._asked_to_stop = False
+        self._stop = stop
         self._done = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Health:
         if self._position.rank == 0:
             shutil.rmtree(self._directory, ignore_errors=True)
-        self._before = {number: signal.signal(number, self._ask_to_stop) for number in _SIGNALS}
         threading.Thread(target=self._watch, name="stall watch", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def at(self, operation: str, step: int) -> None:
         """Say what begins now."""
@@ -86,13 +89,9 @@ class Health:
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them. Collective."""
-        asked = torch.tensor([float(self._asked_to_stop)], device=self._device)
+        asked = torch.tensor([float(self._stop.asked)], device=self._device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._asked_to_stop = True
 
     def _watch(self) -> None:
         interval = min(1.0, self._stall_seconds / 5)

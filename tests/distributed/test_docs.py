@@ -23,8 +23,9 @@ from paralign.engine import launch
 from paralign.engine.check import check
 from paralign.engine.cli import app
 from paralign.engine.data.render import template_text
+from paralign.engine.rank import replay_step_of, train
 from paralign.engine.recipe import load
-from paralign.engine.run import replay_step_of, train
+from paralign.engine.stop import Stop
 from paralign.tools.demo import make_data, make_model
 from paralign.tools.recipe_reference import reference
 
@@ -46,7 +47,7 @@ def _blocks(page: Path) -> list[tuple[str, list[str]]]:
 def run_rank(rank: int, world_size: int, top: Path, recipe: Path, arguments: Sequence[str]) -> None:
     os.chdir(top)  # the pool was forked elsewhere
     step, overrides = replay_step_of(arguments)
-    train(check(load(recipe, overrides), world_size), local_rank=rank, replay_step=step)
+    train(check(load(recipe, overrides), world_size), Stop(), local_rank=rank, replay_step=step)
 
 
 @pytest.fixture

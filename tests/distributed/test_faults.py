@@ -17,7 +17,7 @@ import pytest
 from paralign.engine.checkpoint import store
 from paralign.engine.observe.health import EXIT_STALLED, Position, describe_stall
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.run import EXIT_STOPPED
+from paralign.engine.stop import EXIT_STOPPED
 
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe

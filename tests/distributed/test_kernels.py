@@ -35,10 +35,10 @@ from paralign.models.decoder import Parts
 
 from . import certificate
 from .certificate import Case, Row, certify, step_batch
+from .comparing import assert_weights_equal, metrics_of
 from .pool import RankFailure, RankPool
 from .reference import make_reference
 from .test_certificate import BOUNDS, LAYOUTS, PLANS, SAMPLES
-from .test_resume import _assert_equal, _metrics, _weights
 from .toy import make_toy, train_recipe, write_recipe
 
 PLAN = PLANS["8 packs of 96, in order"]
@@ -147,7 +147,7 @@ def test_the_fused_update_is_torchs_and_writes_the_models_weights(
 
 def _losses(run_dir: Path) -> dict[tuple[int, str], float]:
     return {
-        key: value for key, value in _metrics(run_dir).items() if "loss" in key[1] or key[1] == "grad_norm"
+        key: value for key, value in metrics_of(run_dir).items() if "loss" in key[1] or key[1] == "grad_norm"
     }
 
 
@@ -170,7 +170,7 @@ def test_fused_training_resumes_equal_to_the_bit_and_from_torchs_state(
     ranks.run(4, train_recipe_fused, write_recipe(tmp_path, "resumed", layout, **unsaved))
     losses = _losses(tmp_path / "straight")
     assert _losses(tmp_path / "resumed") == {key: value for key, value in losses.items() if key[0] >= 5}
-    _assert_equal(_weights(tmp_path / "resumed/hf/final"), _weights(tmp_path / "straight/hf/final"))
+    assert_weights_equal(tmp_path / "resumed/hf/final", tmp_path / "straight/hf/final")
 
     with pytest.raises(RankFailure):
         ranks.run(4, train_recipe, write_recipe(tmp_path, "mixed", layout), 5)  # killed behind its save

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from paralign.engine.check import check
 from paralign.engine.data.epochs import Epochs
 from paralign.engine.data.sampler import packs_of_step
 from paralign.engine.observe.metrics import read_metrics
+from paralign.engine.rank import train
 from paralign.engine.recipe import load
-from paralign.engine.run import train
+from paralign.engine.stop import Stop
 
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe
@@ -45,7 +45,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replay_recipe(rank: int, world_size: int, recipe: Path, step: int) -> None:
-    train(check(load(recipe), world_size), local_rank=rank, replay_step=step)
+    train(check(load(recipe), world_size), Stop(), local_rank=rank, replay_step=step)
 
 
 def _files(run_dir: Path) -> dict[Path, bytes]:
@@ -95,11 +95,16 @@ def test_a_pair_is_found_with_a_kept_reference(toy: Path, ranks: RankPool) -> No
     pairs = [{"prompt": "red", "chosen": "red sun", "rejected": "sun"}] * 40
     pairs[17] = {"prompt": "zebra", "chosen": "red", "rejected": "blue"}
     (toy / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    recipe = write_recipe(toy, "dpo", {}, data__train=str(toy / "pairs.jsonl"), train__max_steps=3)
-    objective = {"name": "dpo", "beta": 0.1, "reference": "online"}
-    text = recipe.read_text().replace("objective: sft", f"objective: {json.dumps(objective)}")
-    text = re.sub(r"  validation:\n.*\n", "", text).replace("eval_every_steps: 5", "eval_every_steps: null")
-    recipe.write_text(text)
+    recipe = write_recipe(
+        toy,
+        "dpo",
+        {},
+        objective={"name": "dpo", "beta": 0.1, "reference": "online"},
+        data__train=str(toy / "pairs.jsonl"),
+        data__validation={},
+        train__max_steps=3,
+        train__eval_every_steps=None,
+    )
     step = next(n for n in range(2) if _spoilt(recipe, n))
     ranks.run(1, replay_recipe, recipe, step)
     found = _replayed(toy / "dpo", step)

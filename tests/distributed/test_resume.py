@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from paralign.engine.checkpoint import store
 from paralign.engine.convert import convert
-from paralign.engine.observe.metrics import read_metrics
 
+from ..harm import Harm
+from .comparing import assert_weights_equal, metrics_of
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe
 
@@ -41,28 +43,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path:
     return directory
 
 
-def _metrics(run_dir: Path) -> dict[tuple[int, str], float]:
-    ignored = {"step", "time", "tokens_per_second", "tflops_per_gpu", "peak_memory_gb"}
-    return {
-        (line["step"], name): value
-        for line in read_metrics(run_dir)
-        for name, value in line.items()
-        if name not in ignored
-    }
-
-
-def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a Hugging Face directory, from however many files."""
-    return {
-        name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
-
-
-def _assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
-
-
 def _copy_first_checkpoint(directory: Path, name: str) -> None:
     root = directory / name / "checkpoints"
     root.mkdir(parents=True)
@@ -79,8 +59,8 @@ def test_same_layout_is_equal_to_the_bit(trained: Path, async_save: bool, ranks:
     # Saving again costs a process a rank; the unbroken run has shown it.
     ranks.run(8, train_recipe, write_recipe(trained, name, TP2_PP2_DP2, checkpoint__save_every_steps=None))
 
-    assert _metrics(trained / name) == _metrics(trained / "straight")
-    _assert_equal(_weights(trained / name / "hf/final"), _weights(trained / "straight/hf/final"))
+    assert metrics_of(trained / name) == metrics_of(trained / "straight")
+    assert_weights_equal(trained / name / "hf/final", trained / "straight/hf/final")
 
 
 @pytest.mark.parametrize("layout", list(OTHERS))
@@ -89,7 +69,7 @@ def test_another_layout_goes_on_alike(trained: Path, layout: str, ranks: RankPoo
     _copy_first_checkpoint(trained, layout)
     recipe = write_recipe(trained, layout, keys, checkpoint__save_every_steps=None)
     ranks.run(world_size, train_recipe, recipe)
-    resumed, straight = _metrics(trained / layout), _metrics(trained / "straight")
+    resumed, straight = metrics_of(trained / layout), metrics_of(trained / "straight")
     assert min(step for step, _ in resumed) == 5
     for key, value in resumed.items():
         assert value == pytest.approx(straight[key], rel=1e-5), key  # samples and learning rate exactly
@@ -98,7 +78,7 @@ def test_another_layout_goes_on_alike(trained: Path, layout: str, ranks: RankPoo
 def test_convert_gives_the_export(trained: Path, tmp_path: Path) -> None:
     convert(trained / "straight/checkpoints/iter_0000010", tmp_path / "hf", progress=False)
     exported = trained / "straight/hf/final"
-    _assert_equal(_weights(tmp_path / "hf"), _weights(exported))
+    assert_weights_equal(tmp_path / "hf", exported)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes(), name
 
@@ -108,3 +88,27 @@ def test_other_data_is_refused(trained: Path, ranks: RankPool) -> None:
     recipe = write_recipe(trained, "other-data", {}, train__seed=4)
     with pytest.raises(RankFailure, match="samples would be skipped or seen twice; restore"):
         ranks.run(1, train_recipe, recipe)
+
+
+@pytest.mark.parametrize("where", [".metadata", "common.pt", "object"])
+def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: str, ranks: RankPool) -> None:
+    name = f"planted-{where}"
+    _copy_first_checkpoint(trained, name)
+    directory = trained / name / "checkpoints/iter_0000005"
+    harm = Harm(tmp_path / "it-ran")
+    if where == "object":  # what megatron-core keeps for layers with a state that is no tensor
+        content = io.BytesIO()
+        torch.save(harm, content)
+        metadata = pickle.loads((directory / ".metadata").read_bytes())
+        for index, item in metadata.storage_data.items():
+            if index.fqn.endswith("linear_fc1._extra_state/shard_0_1"):
+                item.relative_path, item.offset, item.length = "more.distcp", 0, content.tell()
+        (directory / "more.distcp").write_bytes(content.getvalue())
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    elif where == "common.pt":
+        torch.save({"optimizer": harm}, directory / where)
+    else:
+        (directory / where).write_bytes(pickle.dumps(harm))
+    with pytest.raises(RankFailure, match=r"it holds more than tensors: .*mkdir.*nothing of it was run"):
+        ranks.run(1, train_recipe, write_recipe(trained, name, {}))
+    assert not harm.mark.exists()

@@ -16,6 +16,7 @@ from paralign.models.errors import TrainingError
 
 RANK = """\
 import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))  # as a rank that can hear them
 rank = int(os.environ["RANK"])
 mode = sys.argv[2]
 open(f"{sys.argv[1]}.{rank}", "w").write(" ".join([str(os.getpid()), *(os.environ[name] for name in (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from paralign.engine.run import EXIT_STOPPED
 from paralign.engine.slurm import EXIT_STOPPED as IN_SCRIPTS
 from paralign.engine.slurm import SAVE_SECONDS, Job, batch_script, submit
+from paralign.engine.stop import EXIT_STOPPED
 from paralign.models.errors import RecipeError
 
 RECIPE = Path("/recipes/llama3_70b.yaml")

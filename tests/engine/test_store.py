@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,87 @@ def test_a_directory_without_progress_is_no_checkpoint(tmp_path: Path) -> None:
     assert store.latest(tmp_path) is None
     with pytest.raises(CheckpointError, match="expected a finished checkpoint"):
         store.read_progress(tmp_path / "iter_0000007")
+
+
+def _die_at(n: int, root: Path) -> int:
+    """Save step 5 again in a process that is killed before its n-th change on the disk; its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        done = iter(range(1, n))
+        real = os.fsync
+
+        def change(event: str, arguments: object = None) -> None:
+            if event in DISK_EVENTS and next(done, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def fsync(descriptor: int) -> None:
+            change("os.fsync")
+            real(descriptor)
+
+        os.fsync = fsync  # of all these only fsync tells no audit hook
+        sys.addaudithook(change)
+        _save(root, 5, loss=2.0)
+        store.rotate(root, CheckpointConfig(keep_last=1))
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+DISK_EVENTS = {"open", "os.fsync", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+
+
+def test_killed_at_any_operation_a_complete_checkpoint_is_there(tmp_path: Path) -> None:
+    for n in range(1, 1000):
+        root = tmp_path / str(n)
+        _save(root, 3, loss=0.5)
+        before = _save(root, 5, loss=1.0)
+        (before / "weights").write_text("whole")
+        status = _die_at(n, root)
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL, f"operation {n}"
+        left = store.latest(root)
+        assert left is not None, f"operation {n}"
+        progress = store.read_progress(left)
+        assert progress.step == 5, f"operation {n}"
+        assert progress.metrics["loss"] == 2.0 or (left / "weights").read_text() == "whole", f"operation {n}"
+        # The next run saves that step again and goes on; nothing of the kill stays.
+        shutil.rmtree(store.unfinished(store.directory_of(root, 5)), ignore_errors=True)
+        again = _save(root, 5, loss=3.0)
+        store.rotate(root, CheckpointConfig(keep_last=1))
+        assert store.complete(root) == [again]
+        assert store.read_progress(again).metrics == {"loss": 3.0}
+    assert n > 15  # it was killed in the writing, the two renames, the tracker and both removals
+
+
+def test_what_is_published_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_replace(source: Path, target: Path) -> None:
+        done.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    directory = store.directory_of(tmp_path, 5)
+    partial = store.unfinished(directory)
+    (partial / "hf").mkdir(parents=True)
+    (partial / "hf/config.json").write_text("{}")
+    (partial / "common.pt").write_text("")
+    store.write_progress(partial, Progress(5, "data"))
+    store.publish(directory)
+
+    named = done.index(("replace", str(directory)))
+    for path in (directory, *directory.rglob("*")):
+        place = str(partial / path.relative_to(directory))
+        assert ("fsync", place) in done[:named], place
+    assert ("fsync", str(tmp_path)) in done[named:]
