@@ -140,10 +140,8 @@ def _start(command: list[str], environ: Mapping[str, str], rank: int) -> subproc
 def _before_python() -> Callable[[], None]:
     """What a rank does first: it keeps signals until it can hear them, and dies with this process on Linux."""
     on_linux = sys.platform == "linux"
-    prctl, parent = (
-        ctypes.CDLL(None).prctl if on_linux else None,
-        os.getpid(),
-    )  # nothing is loaded after the fork
+    prctl = ctypes.CDLL(None).prctl if on_linux else None  # here: nothing is loaded after the fork
+    parent = os.getpid()
 
     def in_child() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

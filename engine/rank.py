@@ -29,6 +29,7 @@ from .launch import RankEnv, rank_environment
 from .layout import resolve
 from .objectives import AnswerSection, ReferenceSection, build_objective
 from .recipe import Recipe, dump, load
+from .slurm import FAILED
 from .stop import EXIT_STOPPED, Stop
 
 REPLAY = "--replay-step="
@@ -66,14 +67,20 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
         )
         whole = meet_and_train(recipe, env, world_store, stop, replay_step)
     except Exception as error:
-        mendable = isinstance(error, ParalignError)
+        mendable, asked_before = isinstance(error, ParalignError), stop.asked
+        text = f"error: {error}" if mendable else traceback.format_exc()
         first = _first_to_fail(env, world_store)
+        stop.defer()
         if not mendable:
             # It may follow from the end of a rank that was asked to stop: whoever has started the ranks then asks
-            # this one as well.
+            # this one as well, and a line is enough.
             time.sleep(1)
+        if follows := stop.asked and not asked_before:
+            text = f"error while others stop: {error!r}"
         if first:
-            print(f"error: {error}" if mendable else traceback.format_exc(), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
+        if (marker := os.environ.get(FAILED)) and not follows:
+            Path(marker).touch()
         # Without waiting: other ranks may sit in a collective that this one will never join.
         sys.stdout.flush()
         os._exit(2 if mendable else 1)

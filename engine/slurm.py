@@ -13,6 +13,7 @@ from paralign.models.errors import RecipeError
 
 from .stop import EXIT_STOPPED
 
+FAILED = "PARALIGN_FAILED"  # environment: a file that a rank makes when an error ends it
 SAVE_SECONDS = 600  # what a run is given to save before its time limit ends it
 
 
@@ -49,13 +50,19 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
     if job.requeue:
         lines.append("#SBATCH --requeue")
     rank = shlex.join([sys.executable, "-m", "paralign.engine.run", str(recipe), *overrides])
-    again = f'[ "$code" = {EXIT_STOPPED} ] && scontrol requeue "$SLURM_JOB_ID"\n' if job.requeue else ""
+    before = again = ""
+    if job.requeue:
+        # srun's code is the highest: ranks that are ended in start-up because one has failed say that they stopped.
+        before = (
+            f'export {FAILED}={shlex.quote(str(run_dir))}/slurm-$SLURM_JOB_ID.failed\nrm -f "${FAILED}"\n'
+        )
+        again = f'[ "$code" = {EXIT_STOPPED} ] && [ ! -e "${FAILED}" ] && scontrol requeue "$SLURM_JOB_ID"\n'
     return (
         "#!/usr/bin/env bash\n"
         + "\n".join(lines)
         + "\n\n"
         + "# One rank that fails ends the others; USR1 goes to every rank, and the run saves at its next step.\n"
-        + f"srun --kill-on-bad-exit=1 {rank}\n"
+        + f"{before}srun --kill-on-bad-exit=1 {rank}\n"
         + f"code=$?\n{again}exit $code\n"
     )
 

@@ -77,5 +77,5 @@ class Stop:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             name = signal.Signals(number).name
             # Not through sys.stderr: another thread may hold its lock, and this one ends the process.
-            os.write(2, f"{name} in start-up: nothing was begun; start it again\n".encode())
+            os.write(2, f"{name} in start-up: stopped, nothing is saved\n".encode())
         os._exit(EXIT_STOPPED)

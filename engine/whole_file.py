@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-SET_ASIDE = ".old"
-
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file at once: whoever reads it meets the old content or the new; text is UTF-8."""
@@ -38,11 +36,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def replace_directory(finished: Path, directory: Path) -> None:
     """Give a finished directory its name, in place of an older one.
 
-    At every moment one of the two is there whole: from just before the rename until it is removed, the older one
-    has SET_ASIDE behind its name.
+    At every moment one of the two is there whole: from just before the rename until it is removed, the older one has
+    the name `set_aside(directory)`.
     """
     sync_tree(finished)
-    aside = directory.with_name(f"{directory.name}{SET_ASIDE}")
+    aside = set_aside(directory)
     if directory.exists():
         if aside.exists():  # of a run that was killed after the rename
             remove_directory(aside)
@@ -53,9 +51,14 @@ def replace_directory(finished: Path, directory: Path) -> None:
         remove_directory(aside)
 
 
+def set_aside(directory: Path) -> Path:
+    """The name that a directory has while another one takes its place; hidden, so that it is nobody else's."""
+    return directory.with_name(f".{directory.name}.aside")
+
+
 def remove_directory(directory: Path) -> None:
-    """Remove a directory; what is left of it where that is cut short has `.part` behind its name."""
-    doomed = directory.with_name(f"{directory.name}.part")
+    """Remove a directory; what is left of it where that is cut short is called `.NAME.removed`."""
+    doomed = directory.with_name(f".{directory.name.lstrip('.')}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(directory, doomed)
     shutil.rmtree(doomed)

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
 from .checkpoint.workers import Advance, ByteBar, over
-from .whole_file import replace_directory, write_whole
+from .whole_file import sync, sync_tree, write_whole
 
 Kind = Literal["hf", "native"]
 PLAN = "plan.json"
@@ -309,7 +310,9 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(part)
                 raise
             saved.unlink()
-            replace_directory(part, dst)
+            sync_tree(part)
+            os.replace(part, dst)  # which is empty, or not there
+            sync(dst.parent)
         finally:
             part.with_suffix(".lock").unlink()
 

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from . import host, weight_gradient
 
@@ -14,12 +16,12 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         FullyParallelLoadStrategyWrapper,
         FullyParallelSaveStrategyWrapper,
     )
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -52,6 +54,26 @@ with warnings.catch_warnings():
 # The same absences again, at every construction of a layer.
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
+TorchDistSaveShardedStrategy = torch_strategies.TorchDistSaveShardedStrategy
+
+
+class TorchDistLoadShardedStrategy(torch_strategies.TorchDistLoadShardedStrategy):
+    """megatron-core's, with a reader of the caller's: megatron-core makes one by a function of its own module."""
+
+    def __init__(self, reader: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        """See megatron-core."""
+        theirs = torch_strategies._get_filesystem_reader
+        torch_strategies._get_filesystem_reader = lambda directory, *_, **__: self._reader(directory)
+        try:
+            return super().load(sharded_state_dict, checkpoint_dir)
+        finally:
+            torch_strategies._get_filesystem_reader = theirs
+
+
 __all__ = [
     "MLP",
     "ON_HOST",
@@ -77,6 +99,7 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionSubmodules",
     "ShardedObject",
+    "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
     "TransformerBlock",
     "TransformerBlockSubmodules",

@@ -35,7 +35,7 @@ from paralign.models.weights import Parts, Shape
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
-from .unpickle import BROKEN, METADATA, Names, Restricted, read_metadata, unreadable
+from .unpickle import METADATA, Names, Restricted, read_metadata, unreadable
 
 ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
 
@@ -122,7 +122,7 @@ class CheckpointFiles:
                 lengths = file.read(
                     4
                 )  # two bytes of the name, two of what is extra: the archive's end has others
-        except (StopIteration, zipfile.BadZipFile, *BROKEN) as error:
+        except Exception as error:  # of a file that is not one, anything
             raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
         skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         flat = mapped.tensor(header + 30 + skipped, plan.dtype, info.file_size // plan.dtype.itemsize)

@@ -21,6 +21,7 @@ from paralign.models.mcore import (
     ON_HOST,
     AsyncCallsQueue,
     DistributedDataParallel,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
 )
@@ -30,7 +31,7 @@ from ..optim import Optimizer
 from . import store
 from .config import CheckpointConfig
 from .hf import Assets, arch_of, copy_assets
-from .unpickle import refuse_more_than_tensors
+from .unpickle import MetadataReader, refuse_more_than_tensors, weights_only
 
 RECIPE = "recipe.yaml"
 ASSETS = "hf"
@@ -140,7 +141,10 @@ class NativeCheckpoints:
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
         refuse_more_than_tensors(directory)
-        state = dist_checkpointing.load(self._state(is_loading=True), str(directory))
+        with weights_only():
+            state = dist_checkpointing.load(
+                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(MetadataReader)
+            )
         for key, chunk in self._keyed_chunks():
             chunk.module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])

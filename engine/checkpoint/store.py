@@ -2,7 +2,7 @@
 
 <run_dir>/checkpoints/iter_0000100/                 complete: it got its name by a rename, at the very end
                       iter_0000200.part/            being written, or left by a run that died
-                      iter_0000100.old/             the one before, while a newer one of its step takes its place
+                      .iter_0000100.aside/          the one before, while a newer one of its step takes its place
                       latest_checkpointed_iteration.txt
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paralign.models.errors import CheckpointError
 
-from ..whole_file import SET_ASIDE, remove_directory, replace_directory, write_whole
+from ..whole_file import remove_directory, replace_directory, write_whole
 from .config import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PROGRESS = "progress.json"
-_NAME = re.compile(rf"iter_(\d{{7,}})({re.escape(SET_ASIDE)})?")
+_NAME = re.compile(r"iter_(\d{7,})|\.iter_(\d{7,})\.aside")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found: dict[int, Path] = {}
-    for path in sorted(root.iterdir()):  # iter_0000100 comes before iter_0000100.old
+    for path in sorted(root.iterdir(), reverse=True):  # iter_0000100 comes before .iter_0000100.aside
         if _NAME.fullmatch(path.name) and (path / PROGRESS).is_file():
             found.setdefault(_step_of(path), path)
     return [found[step] for step in sorted(found)]
@@ -96,15 +97,22 @@ def publish(directory: Path) -> None:
 
     A kill at any moment leaves a complete checkpoint of that step, if there was one before.
     """
+    if directory.exists() and directory not in complete(directory.parent):
+        remove_directory(
+            directory
+        )  # so that one set aside, which is whole, stays until the newer one is there
     replace_directory(unfinished(directory), directory)
     write_whole(directory.parent / TRACKER, f"{_step_of(directory)}\n")
 
 
 def rotate(root: Path, config: CheckpointConfig) -> None:
-    """Remove all but the newest `keep_last` and the one where `keep_best` is lowest."""
+    """Remove all but the newest `keep_last` and the one where `keep_best` is lowest, and what kills have left."""
+    checkpoints = complete(root)
+    for path in root.glob(".iter_*"):
+        if path not in checkpoints:
+            shutil.rmtree(path)
     if config.keep_last is None:
         return
-    checkpoints = complete(root)
     kept = set(checkpoints[-config.keep_last :])
     if config.keep_best:
         measured = [(read_progress(path).metrics.get(config.keep_best), path) for path in checkpoints]
@@ -119,4 +127,4 @@ def rotate(root: Path, config: CheckpointConfig) -> None:
 def _step_of(directory: Path) -> int:
     match = _NAME.fullmatch(directory.name)
     assert match, directory
-    return int(match[1])
+    return int(match[1] or match[2])

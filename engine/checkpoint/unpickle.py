@@ -1,31 +1,40 @@
 """Pickles in checkpoints, opened for tensors and plain values only. Owns what is allowed, not the format.
 
-A pickle is a program: it calls whatever it can name. Here it can name the records in which torch keeps what tensors
-there are and where they lie. Any other name ends the reading before anything has been called.
+A pickle is a program: it calls what it can name, and changes what it has named. Here every name leads to a stand-in
+that can do nothing, and what comes out is looked at field by field before torch's own records are made of it.
 """
 
 from __future__ import annotations
 
 import io
-import pathlib
+import json
+import os
 import pickle
 import re
-import warnings
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from paralign.models.errors import CheckpointError
 
 METADATA = ".metadata"
 COMMON = "common.pt"  # megatron-core's file of what is the same on every rank
-# What unpickling a damaged file, or a file of something else, can raise.
-BROKEN = (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, LookupError)
+BACKEND = "metadata.json"  # megatron-core's file of the format
+_FORCE, _FORCE_NO = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 Names = Mapping[tuple[str, str], Any]
 
@@ -48,36 +57,46 @@ class Restricted(pickle.Unpickler):
         return self.known[module, name]
 
 
+class MetadataReader(FileSystemReader):
+    """torch's reader of a checkpoint's files, whose `.metadata` is read here."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises CheckpointError as the function of this name."""
+        del args, kwargs
+        found = read_metadata(Path(self.path))
+        found.storage_meta = StorageMeta(load_id=self.load_id)
+        return found
+
+
 def read_metadata(directory: Path) -> Metadata:
-    """What `.metadata` says of the tensors of a checkpoint.
+    """What `.metadata` says of the tensors of a checkpoint, and nothing else that it may hold.
 
     Raises:
         CheckpointError: it is missing or damaged, holds more than that, or names a file in another directory.
     """
     path = directory / METADATA
     try:
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+        with path.open("rb") as file:
             found = _MetadataUnpickler(file).load()
-        if not isinstance(found, Metadata):
-            raise pickle.UnpicklingError(f"it holds {type(found).__name__}")
-        for item in found.storage_data.values():
-            if Path(item.relative_path).name != item.relative_path:
-                raise pickle.UnpicklingError(f"it leads to {item.relative_path}, outside the directory")
-    except BROKEN as error:
+        return _metadata(found)
+    except Exception as error:  # a pickle can raise anything
         raise unreadable(f"{path}: cannot be read", error) from None
-    return found
 
 
 def refuse_more_than_tensors(directory: Path) -> None:
-    """Opens every pickle of a training state that megatron-core and torch are about to open without restriction.
+    """Opens what else megatron-core is about to open of a training state, for an error that says what is wrong.
 
     Raises:
-        CheckpointError: one is missing or damaged, or holds more than tensors and plain values.
+        CheckpointError: a file is missing or damaged, or holds more than tensors and plain values.
     """
     found = read_metadata(directory)
-    path = directory / COMMON
+    path = directory / BACKEND
     try:
-        _load_weights_only(path.read_bytes())
+        if json.loads(path.read_text())["sharded_backend"] != "torch_dist":
+            raise ValueError("of another format than torch_dist")
+        path = directory / COMMON
+        if "optimizer" not in _load_weights_only(path.read_bytes()):
+            raise ValueError("it has no optimizer")
         for name, stored in found.state_dict_metadata.items():
             if isinstance(stored, BytesStorageMetadata):
                 item = found.storage_data[MetadataIndex(name)]
@@ -85,52 +104,157 @@ def refuse_more_than_tensors(directory: Path) -> None:
                 with path.open("rb") as file:
                     file.seek(item.offset)
                     _load_weights_only(file.read(item.length))
-    except BROKEN as error:
+    except Exception as error:
         raise unreadable(f"{path}: cannot be read", error) from None
 
 
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """torch.load unpickles tensors and plain values only, whatever its caller asks for."""
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NO)}
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def unreadable(what: str, error: Exception) -> CheckpointError:
-    """The error of a pickle that was not read to its end; `what` names it and says what it should have been."""
+    """The error of a file that was not read to its end; `what` names it and says what it should have been."""
     if isinstance(error, MoreThanTensors):
         remedy = "nothing of it was run; take the checkpoint from somebody you trust"
     else:
         remedy = "copy the checkpoint again"
-    return CheckpointError(f"{what} ({error}); {remedy}")
+    said = str(error).splitlines() or [type(error).__name__]
+    return CheckpointError(f"{what} ({said[0]}); {remedy}")
 
 
-def _load_weights_only(content: bytes) -> None:
+def _load_weights_only(content: bytes) -> Any:
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        raise MoreThanTensors(named[1] if named else str(error).splitlines()[0]) from None
-    except RuntimeError as error:  # of an archive that is cut off
-        raise pickle.UnpicklingError(str(error).splitlines()[0]) from None
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise MoreThanTensors(named[1]) from None
+        raise ValueError("not as torch.save writes it") from None
 
 
-def _named(module: Any, *names: str) -> Names:
-    return {(module.__name__, name): getattr(module, name) for name in names}
+class _Inert(type):
+    """A class that a pickle cannot change."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it changes {cls.__name__}")
+
+
+class _Record(metaclass=_Inert):
+    """Stands for an instance; keeps what it was given."""
+
+    fields: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.fields = state
+
+
+class _Whole(_Record): ...
+
+
+class _Index(_Record): ...
+
+
+class _Place(_Record): ...
+
+
+class _Objects(_Record): ...
+
+
+class _Tensors(_Record): ...
+
+
+class _Properties(_Record): ...
+
+
+class _Chunk(_Record): ...
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for a function, or a class that is called."""
+
+
+_OF_METADATA, _OF_PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 
 
 class _MetadataUnpickler(Restricted):
     known: ClassVar[Names] = {
-        **_named(
-            metadata,
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        **_named(planner, "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
-        **_named(filesystem, "_StorageInfo"),
-        **_named(pathlib, "PosixPath"),
-        **_named(
-            torch, "Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
-        ),
-        **_named(torch.serialization, "_get_layout"),
-        ("collections", "OrderedDict"): OrderedDict,
+        (_OF_METADATA, "Metadata"): _Whole,
+        (_OF_METADATA, "MetadataIndex"): _Index,
+        (_OF_METADATA, "BytesStorageMetadata"): _Objects,
+        (_OF_METADATA, "TensorStorageMetadata"): _Tensors,
+        (_OF_METADATA, "TensorProperties"): _Properties,
+        (_OF_METADATA, "ChunkStorageMetadata"): _Chunk,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Place,
+        ("torch", "Size"): tuple,
+        **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+        # Of no use here: how the save was planned.
+        (_OF_METADATA, "StorageMeta"): _Record,
+        **{
+            (_OF_PLANNER, name): _Record
+            for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem")
+        },
+        (_OF_METADATA, "_MEM_FORMAT_ENCODING"): _nothing,
+        (_OF_PLANNER, "WriteItemType"): _nothing,
+        ("torch.serialization", "_get_layout"): _nothing,
+        ("pathlib", "PosixPath"): _nothing,
     }
+
+
+def _metadata(found: Any) -> Metadata:
+    """torch's records of stand-ins; raises an error of any kind for what is not one of them."""
+    whole = _fields(found, _Whole)
+    stored, places = _checked(whole["state_dict_metadata"], dict), _checked(whole["storage_data"], dict)
+    return Metadata(
+        state_dict_metadata={_checked(name, str): _stored(record) for name, record in stored.items()},
+        storage_data=dict(map(_placed, places.items())),
+        version=None if whole.get("version") is None else _checked(whole["version"], str),
+    )
+
+
+def _stored(stored: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if type(stored) is _Objects:
+        return BytesStorageMetadata()
+    fields = _fields(stored, _Tensors)
+    dtype, *_ = _checked(_checked(fields["properties"], _Properties).fields, tuple)
+    chunks = [_fields(chunk, _Chunk) for chunk in _checked(fields["chunks"], list)]
+    return TensorStorageMetadata(
+        TensorProperties(dtype=_checked(dtype, torch.dtype)),
+        _size(fields["size"]),
+        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _placed(item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
+    index, place = _fields(item[0], _Index), _fields(item[1], _Place)
+    offset = index.get("offset")
+    file = _checked(place["relative_path"], str)
+    if Path(file).name != file:
+        raise pickle.UnpicklingError(f"it leads to {file}, outside the directory")
+    if place.get("transform_descriptors"):
+        raise pickle.UnpicklingError(f"it keeps {file} in another form than torch.save's")
+    return (
+        MetadataIndex(_checked(index["fqn"], str), None if offset is None else _size(offset)),
+        _StorageInfo(file, _checked(place["offset"], int), _checked(place["length"], int)),
+    )
+
+
+def _checked(value: Any, kind: type) -> Any:
+    """The value, which is of this very type."""
+    if type(value) is not kind:
+        raise pickle.UnpicklingError(f"it holds {type(value).__name__} where {kind.__name__} is expected")
+    return value
+
+
+def _fields(record: Any, kind: type[_Record]) -> dict[str, Any]:
+    return _checked(_checked(record, kind).fields, dict)
+
+
+def _size(value: Any) -> torch.Size:
+    return torch.Size([_checked(entry, int) for entry in _checked(value, tuple)])

@@ -142,13 +142,14 @@ class AnswerCache:
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
+            n_tokens, _ = meta["n_tokens"], (meta["n_bad"], meta["first_bad"], meta["max_token"])
             token_counts, n_loss, lines, sources = read_arrays(directory / SAMPLES, *SAMPLE_COLUMNS)
             answers = read_array(directory / "answers.npy")
             tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
             learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{directory}: not a cache of answers ({error}); delete it") from None
-        if not len(tokens) == len(learned) == meta["n_tokens"] == token_counts.sum():
+        if not len(tokens) == len(learned) == n_tokens == token_counts.sum():
             raise DataError(f"{directory}: tokens are missing; the disk may be full; delete it")
         ends = np.cumsum(token_counts)
         starts = ends - token_counts

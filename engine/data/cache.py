@@ -12,6 +12,7 @@ processes that write the same one, the first to end wins. N samples.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,12 +119,13 @@ class TokenCache:
         """
         try:
             meta = json.loads((directory / "meta.json").read_text())
+            n_tokens, _ = meta["n_tokens"], (meta["n_bad"], meta["first_bad"], meta["max_token"])
             lengths, n_loss, lines, sources = read_arrays(directory / SAMPLES, *SAMPLE_COLUMNS)
             tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
             learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
-        if not len(tokens) == len(learned) == meta["n_tokens"] == lengths.sum():
+        if not len(tokens) == len(learned) == n_tokens == lengths.sum():
             raise DataError(f"{directory}: tokens are missing; the disk may be full; delete it")
         starts = np.cumsum(lengths) - lengths
 
@@ -286,23 +288,44 @@ def _build(
     # The keys of a preference say what it is; nothing is to be stated or found out.
     conversations = kind is Kind.CONVERSATIONS
     formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
-        with _advance(sources, shown=progress) as advance:
-            stream = encode_sources(sources, formats, rendering, config.workers)
-            _write(temporary, stream, sources, advance)
-        try:
-            sync_tree(temporary)
-            os.rename(temporary, directory)
-            sync(directory.parent)
-        except OSError:
-            if not directory.is_dir():
-                raise
+        with _unfinished(directory) as temporary:
+            with _advance(sources, shown=progress) as advance:
+                stream = encode_sources(sources, formats, rendering, config.workers)
+                _write(temporary, stream, sources, advance)
+            try:
+                sync_tree(temporary)
+                os.rename(temporary, directory)
+                sync(directory.parent)
+            except OSError:
+                if not directory.is_dir():
+                    raise
     except OSError as error:
         raise DataError(f"cache_dir {config.cache_dir}: the cache cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _unfinished(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory`, to be renamed to it; removes those that killed processes have left.
+
+    A lock beside it says that somebody is at work, and ends with its holder.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{directory.name}.*.lock"):
+        with suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink()
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    path = temporary.with_suffix(f"{temporary.suffix}.lock")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            path.unlink()
 
 
 def _write(

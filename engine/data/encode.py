@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
@@ -195,6 +195,10 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
+        for (
+            process
+        ) in active_children():  # the pool asks them to end by SIGTERM, which they do not hear (stop.py)
+            process.kill()
         raise DataError(
             "a process that tokenises was ended from outside, most often for want of memory; lower `workers`"
         ) from None

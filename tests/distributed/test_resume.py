@@ -90,25 +90,65 @@ def test_other_data_is_refused(trained: Path, ranks: RankPool) -> None:
         ranks.run(1, train_recipe, recipe)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("common.pt", b""),
+        ("common.pt", bytes(2000)),
+        ("common.pt", b"X\n"),
+        ("metadata.json", bytes(100)),
+        ("metadata.json", b'{"sharded_backend": "zarr"}'),
+        ("more.distcp", bytes(3000)),
+    ],
+)
+def test_a_damaged_checkpoint_is_called_that(
+    trained: Path, file: str, content: bytes, ranks: RankPool
+) -> None:
+    name = f"damaged-{file}-{len(content)}"
+    _copy_first_checkpoint(trained, name)
+    directory = trained / name / "checkpoints/iter_0000005"
+    if file == "more.distcp":
+        _point_an_object_to(directory, file, len(content))
+    (directory / file).write_bytes(content)
+    with pytest.raises(RankFailure, match=rf"{file}: cannot be read \(.*\); copy the checkpoint again"):
+        ranks.run(1, train_recipe, write_recipe(trained, name, {}))
+
+
+def _point_an_object_to(directory: Path, file: str, n_bytes: int) -> None:
+    """What megatron-core keeps for a layer with a state that is no tensor is to be read from there."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    for index, item in metadata.storage_data.items():
+        if index.fqn.endswith("linear_fc1._extra_state/shard_0_1"):
+            item.relative_path, item.offset, item.length = file, 0, n_bytes
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 @pytest.mark.parametrize("where", [".metadata", "common.pt", "object"])
 def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: str, ranks: RankPool) -> None:
     name = f"planted-{where}"
     _copy_first_checkpoint(trained, name)
     directory = trained / name / "checkpoints/iter_0000005"
     harm = Harm(tmp_path / "it-ran")
-    if where == "object":  # what megatron-core keeps for layers with a state that is no tensor
+    if where == "object":
         content = io.BytesIO()
         torch.save(harm, content)
-        metadata = pickle.loads((directory / ".metadata").read_bytes())
-        for index, item in metadata.storage_data.items():
-            if index.fqn.endswith("linear_fc1._extra_state/shard_0_1"):
-                item.relative_path, item.offset, item.length = "more.distcp", 0, content.tell()
+        _point_an_object_to(directory, "more.distcp", content.tell())
         (directory / "more.distcp").write_bytes(content.getvalue())
-        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     elif where == "common.pt":
         torch.save({"optimizer": harm}, directory / where)
     else:
         (directory / where).write_bytes(pickle.dumps(harm))
+    recipe = write_recipe(trained, name, {})
     with pytest.raises(RankFailure, match=r"it holds more than tensors: .*mkdir.*nothing of it was run"):
-        ranks.run(1, train_recipe, write_recipe(trained, name, {}))
+        ranks.run(1, train_recipe, recipe)
+    with pytest.raises(RankFailure):
+        ranks.run(1, unlooked_at, recipe)
     assert not harm.mark.exists()
+
+
+def unlooked_at(rank: int, world_size: int, recipe: Path) -> None:
+    """Resume without our look at the files: megatron-core and torch are not to run anything either."""
+    from paralign.engine.checkpoint import native
+
+    native.refuse_more_than_tensors = lambda directory: None  # type: ignore[assignment]
+    train_recipe(rank, world_size, recipe)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -346,3 +347,15 @@ def test_converting_and_merging_import_no_megatron():
     modules = "paralign.engine.convert, paralign.engine.merge, paralign.engine.rule_table"
     code = f"import sys, {modules}; assert not [n for n in sys.modules if 'megatron' in n]"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_user_has_put_aside_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained("model")
+    for name in ("out.old", "out.old.part", "out.part", "out.aside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text(name)
+    convert(Path("model"), Path("out"), progress=False)
+    kept = {path.parent.name for path in tmp_path.glob("*/precious.txt")}
+    assert kept == {"out.old", "out.old.part", "out.part", "out.aside"}
+    assert (tmp_path / "out/.metadata").is_file()

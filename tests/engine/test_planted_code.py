@@ -9,8 +9,10 @@ import io
 import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +71,69 @@ def test_metadata(native: Path, harm: Harm, opening: Callable[..., None], whole:
     (native / ".metadata").write_bytes(pickle.dumps(content))
     with pytest.raises(ParalignError, match=rf"\.metadata: cannot be read \(it {MORE}"):
         opening("model.hf=native", "model.init=weights")
+
+
+class EmptyToSome:
+    """A dictionary that is empty to whoever asks for its items, and not to who asks for one of them."""
+
+    def __init__(self, real: dict[Any, Any]) -> None:
+        self.real = real
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), {"items": OrderedDict}, None, iter(self.real.items())
+
+
+def test_metadata_that_hides_what_it_holds(native: Path) -> None:
+    metadata = pickle.loads((native / ".metadata").read_bytes())
+    metadata.state_dict_metadata = EmptyToSome(metadata.state_dict_metadata)
+    (native / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ParalignError, match=rf"it {MORE}"):
+        open_source(native)
+
+
+@pytest.mark.parametrize("name", ["torch.distributed.checkpoint.metadata\nMetadata", "pathlib\nPosixPath"])
+def test_metadata_that_changes_a_class(native: Path, name: str) -> None:
+    """It names the class, and sets an attribute of it as if it were an instance with slots."""
+    (native / ".metadata").write_bytes(f"c{name}\n(N}}S'planted'\nI1\nstb.".encode())
+    with pytest.raises(ParalignError, match=r"\.metadata: cannot be read"):
+        open_source(native)
+    assert not hasattr(Metadata, "planted")
+    assert not hasattr(Path, "planted")
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "zeroes": lambda content: bytes(len(content)),
+    "half": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: bytes(255 - byte for byte in content),
+    "a pickle": lambda content: pickle.dumps({"a": 1}),
+    "text": lambda content: b"version https://git-lfs.github.com/spec/v1\n",
+    "one array": lambda content: _saved(np.save, np.arange(3)),
+    "arrays": lambda content: _saved(np.savez, np.arange(3)),
+}
+
+
+def _saved(save: Callable[..., None], array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_what_is_only_damaged_is_called_that(project: Path, native: Path, damage: str) -> None:
+    changed = DAMAGE[damage]
+    metadata = native / ".metadata"
+    metadata.write_bytes(changed(metadata.read_bytes()))
+    with pytest.raises(ParalignError, match=r"\.metadata: cannot be read \(.*\); copy the checkpoint again"):
+        open_source(native)
+    _opened_by_check()
+    for file in ("samples.npz", "meta.json"):
+        for path in project.glob(f"cache/*/{file}"):
+            whole = path.read_bytes()
+            path.write_bytes(changed(whole))
+            with pytest.raises(ParalignError, match=r"not a cache of tokens \(.*delete it"):
+                _opened_by_check()
+            path.write_bytes(whole)
 
 
 def test_metadata_that_leads_out_of_the_directory(native: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_stopped_run_is_queued_again_and_no_other(code: int, requeued: bool, t
     assert (tmp_path / "said").exists() == requeued
     if requeued:
         assert (tmp_path / "said").read_text() == "requeue 42\n"
+
+
+def test_a_run_that_failed_is_not_queued_again_whatever_the_others_said(tmp_path: Path) -> None:
+    """One rank fails, the others are ended in start-up and leave with 75; srun's code is the highest."""
+    rank = f"PARALIGN_FAILED=$PARALIGN_FAILED {sys.executable} -m paralign.engine.run {tmp_path}/absent.yaml"
+    _fake(tmp_path, "srun", f"{rank}; [ $? = 2 ] && exit {EXIT_STOPPED}")
+    _fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/said')
+    result = _run(batch_script(RECIPE, [], Job(1, 8, requeue=True), run_dir=tmp_path), tmp_path)
+    assert "absent.yaml" in result.stderr
+    assert (tmp_path / "slurm-42.failed").exists()
+    assert not (tmp_path / "said").exists()
 
 
 def test_overrides_survive_the_shell(tmp_path: Path) -> None:

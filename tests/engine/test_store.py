@@ -110,13 +110,41 @@ def test_killed_at_any_operation_a_complete_checkpoint_is_there(tmp_path: Path) 
         progress = store.read_progress(left)
         assert progress.step == 5, f"operation {n}"
         assert progress.metrics["loss"] == 2.0 or (left / "weights").read_text() == "whole", f"operation {n}"
-        # The next run saves that step again and goes on; nothing of the kill stays.
-        shutil.rmtree(store.unfinished(store.directory_of(root, 5)), ignore_errors=True)
-        again = _save(root, 5, loss=3.0)
+        if n % 2:  # the next run saves that step again, after a second kill
+            _die_at(n // 2, root)
+            assert store.latest(root) is not None, f"operations {n} and {n // 2}"
+            shutil.rmtree(store.unfinished(store.directory_of(root, 5)), ignore_errors=True)
+            newest = _save(root, 5, loss=3.0)
+        else:  # or another one
+            newest = _save(root, 10, loss=3.0)
         store.rotate(root, CheckpointConfig(keep_last=1))
-        assert store.complete(root) == [again]
-        assert store.read_progress(again).metrics == {"loss": 3.0}
+        assert store.complete(root) == [newest]
+        assert store.read_progress(newest).metrics == {"loss": 3.0}
+        assert not list(root.glob(".iter*"))
     assert n > 15  # it was killed in the writing, the two renames, the tracker and both removals
+
+
+def test_one_set_aside_stays_until_the_newer_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where something without progress has the name, as older code left a removal that was cut short."""
+    _save(tmp_path, 5, loss=1.0).rename(tmp_path / ".iter_0000005.aside")
+    directory = store.directory_of(tmp_path, 5)
+    (directory / "hf").mkdir(parents=True)
+    assert store.latest(tmp_path) == tmp_path / ".iter_0000005.aside"
+    store.unfinished(directory).mkdir()
+    store.write_progress(store.unfinished(directory), Progress(5, "data", {"loss": 2.0}))
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        assert store.latest(tmp_path) is not None
+        replace(source, target)
+        assert store.latest(tmp_path) is not None
+
+    monkeypatch.setattr(os, "replace", watched)
+    store.publish(directory)
+    assert store.read_progress(directory).metrics == {"loss": 2.0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", store.TRACKER]
 
 
 def test_what_is_published_is_on_the_disk_before_it_has_its_name(

@@ -1,9 +1,14 @@
+import fcntl
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from paralign.engine.data.cache import TokenCache, build_or_open, cache_director
 from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
 from paralign.engine.data.render import Renderer, template_text
+from paralign.engine.stop import Stop
 from paralign.models.errors import DataError
 
 from .conftest import chat
@@ -226,6 +232,38 @@ def test_processes_give_the_same_samples_up_to_the_same_error(
     alone = tokens_until_error(workers=1)
     assert len(alone) > 5
     assert tokens_until_error(workers=2) == alone
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_killed_ends_the_others(
+    tokenizer_dir: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+):
+    """In a run they do not hear SIGTERM, by which a pool would end them."""
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 1000)
+    path = write_jsonl("a.jsonl", [chat("hello", f"{i} " * 20) for i in range(5000)])
+    rendering = encode_module.Rendering(tokenizer_dir, template_text("chatml"), "assistant")
+    with Stop():
+        stream = encode_module.encode_sources([SourceConfig(path=path)], ["messages"], rendering, 2)
+        assert len(list(islice(stream, 3))) == 3
+        workers = active_children()
+        assert len(workers) == 2
+        os.kill(workers[0].pid or 0, signal.SIGKILL)
+        with pytest.raises(DataError, match="a process that tokenises was ended from outside"):
+            list(stream)
+    assert not active_children()
+
+
+def test_what_a_killed_build_has_left_is_removed(tokenizer_dir: Path, write_jsonl: Write, data_config: Make):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    directory = cache_directory(config, config.train, tokenizer_dir)
+    for name in ("killed", "at work"):
+        (directory.parent / f".{directory.name}.{name}").mkdir(parents=True)
+    (directory.parent / f".{directory.name}.killed.lock").touch()
+    with (directory.parent / f".{directory.name}.at work.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(config, tokenizer_dir)
+    left = {path.name.removeprefix(f".{directory.name}.") for path in config.cache_dir.iterdir()}
+    assert left == {directory.name, "at work", "at work.lock"}
 
 
 def test_the_room_is_entered_without_transformers_or_megatron():
