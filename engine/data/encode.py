@@ -183,7 +183,7 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
     # Workers are forked from a fresh process that has imported all this once: neither an import for each worker,
     # which costs seconds, nor a fork of this process, which may have threads of gloo or NCCL. None starts before
     # a first chunk.
-    context = get_context("forkserver")
+    context, others = get_context("forkserver"), set(active_children())
     context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_end_with_parent)
     waiting: deque[Future[Encoded]] = deque()  # bounded: the parent reads far faster than workers tokenise
@@ -195,10 +195,9 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        for (
-            process
-        ) in active_children():  # the pool asks them to end by SIGTERM, which they do not hear (stop.py)
-            process.kill()
+        # By SIGKILL: the pool tries SIGTERM, which they do not hear (stop.py), and would wait for ever.
+        for worker in set(active_children()) - others:
+            worker.kill()
         raise DataError(
             "a process that tokenises was ended from outside, most often for want of memory; lower `workers`"
         ) from None
