@@ -325,7 +325,7 @@ def _unfinished(directory: Path) -> Iterator[Path]:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have taken it for one that was left
 
 
 def _write(

@@ -43,7 +43,11 @@ class Case:
 
     def recipe(self, directory: Path, name: str, **changes: Any) -> Path:
         """Writes the recipe of this case for the toy in `directory`, with `name` as its run."""
-        settings: dict[str, Any] = {"model__dtype": self.dtype}
+        # A cache for each run: what a reference model says, computed at another layout, differs in its last bits.
+        settings: dict[str, Any] = {
+            "model__dtype": self.dtype,
+            "data__cache_dir": str(directory / f"cache of {name}"),
+        }
         if self.objective == "dpo":
             pairs = str(directory / "pairs.jsonl")
             settings |= {

@@ -34,12 +34,9 @@ def old_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_of_an_older_commit_goes_on_to_the_bit(case: Case, old_runs: Path, ranks: RankPool) -> None:
     straight, resumed = old_runs / case.name, old_runs / f"{case.name}-resumed"
     shutil.copytree(straight / "checkpoints/iter_0000005", resumed / "checkpoints/iter_0000005")
-    # Tokens, and what a reference model says of them, are made anew as well.
-    changes = {
-        "checkpoint__save_every_steps": None,
-        "data__cache_dir": str(old_runs / f"cache of {case.name}"),
-    }
-    ranks.run(case.world_size, train_recipe, case.recipe(old_runs, resumed.name, **changes))
+    # Its tokens, and what a reference model says of them, are made anew as well.
+    recipe = case.recipe(old_runs, resumed.name, checkpoint__save_every_steps=None)
+    ranks.run(case.world_size, train_recipe, recipe)
     theirs = {key: value for key, value in metrics_of(straight).items() if key[0] >= 5}
     assert {step for step, _ in theirs} == set(range(5, 11))
     assert metrics_of(resumed) == theirs
