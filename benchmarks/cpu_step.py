@@ -29,7 +29,7 @@ from one_rank import one_rank
 
 from paralign.engine.batch import StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.data.packing import plan_packs
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
@@ -175,7 +175,7 @@ class our_trainer:
             for _ in range(STEPS_PER_ROUND):
                 began = time.perf_counter()
                 batch = StepBatch(
-                    [pack_batch(pack, TOKENS_PER_PACK, mesh.device) for pack in self.packs],
+                    [pack_chats(pack, TOKENS_PER_PACK, mesh.device) for pack in self.packs],
                     {Unit.TOKEN: learned},
                     n_samples=sum(map(len, self.packs)),
                     n_tokens=0,

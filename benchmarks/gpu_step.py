@@ -61,7 +61,7 @@ from paralign.engine.build import (
     wrap_for_data_parallel,
 )
 from paralign.engine.data.answers import AnswerLayout, Group
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
@@ -80,7 +80,7 @@ def ours_sft(
     geometry: Geometry, packs: list[Pack], device: torch.device, dtype: str, steps: int, *, kernels: Kernels
 ) -> Result:
     """Paralign's own SFT step."""
-    made = [pack_batch(pack, geometry.tokens_per_pack, device) for pack in packs]
+    made = [pack_chats(pack, geometry.tokens_per_pack, device) for pack in packs]
     batch = StepBatch(made, {Unit.TOKEN: n_learned(packs)}, sum(map(len, packs)), 0, ())
     with trainer(geometry, len(packs), dtype, kernels) as (step, _):
         return measure(partial(step, batch, SFT()), steps, device)

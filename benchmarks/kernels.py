@@ -250,7 +250,7 @@ def products(shape: Shape, device: torch.device, clock: Clock) -> list[Result]:
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         torch.autograd.grad(loss(*leaves), leaves)
 
-    def ours(hidden: Tensor, weight: Any, row_gradient: float | None = None) -> Tensor:
+    def ours(hidden: Tensor, weight: Any, row_gradient: Tensor | None = None) -> Tensor:
         weight.main_grad, weight.grad_added_to_main_grad = main_grad, False
         return -token_logprob(
             hidden, weight, labels, vocab_size=shape.vocabulary, row_gradient=row_gradient
@@ -261,7 +261,11 @@ def products(shape: Shape, device: torch.device, clock: Clock) -> list[Result]:
 
     found: list[tuple[str, int, Callable[..., Tensor]]] = [
         ("paralign", 3 if chunk == shape.rows else 4, ours),
-        ("paralign, known", 3, partial(ours, row_gradient=-1 / shape.rows)),
+        (
+            "paralign, known",
+            3,
+            partial(ours, row_gradient=torch.full_like(labels, -1 / shape.rows, dtype=torch.float32)),
+        ),
         ("torch eager", 3, eager),
     ]
     if device.type == "cuda":

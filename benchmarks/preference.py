@@ -40,8 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
+from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.data.pairs import pack_answers
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
@@ -182,7 +182,7 @@ def padded_packs(
             replace(pair, answers=tuple(_pad(a, longest - len(pair.prompt)) for a in pair.answers))
             for pair in batch
         ]
-        packs.append(pack_answers(padded, 2 * len(batch) * longest, device, layout, reference))
+        packs.append(pack_groups(padded, 2 * len(batch) * longest, device, layout, reference))
     return packs
 
 
@@ -191,7 +191,7 @@ def _pad(answer: Answer, length: int) -> Answer:
     return replace(
         answer,
         tokens=np.concatenate((answer.tokens, np.zeros(n_more, dtype=np.int64))),
-        learned=np.concatenate((answer.learned, np.zeros(n_more, dtype=bool))),
+        weights=np.concatenate((answer.weights, np.zeros(n_more, dtype=np.float32))),
     )
 
 
@@ -206,7 +206,7 @@ def best_packs(
     lengths = np.array([rows_of(pair, layout) for pair in pairs])
     plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
     return [
-        pack_answers([pairs[i] for i in plan.pack(k)], tokens_per_pack, device, layout, reference)
+        pack_groups([pairs[i] for i in plan.pack(k)], tokens_per_pack, device, layout, reference)
         for k in range(len(plan))
     ]
 

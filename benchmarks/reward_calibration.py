@@ -35,8 +35,8 @@ from paralign.engine.build import (
     wrap_for_data_parallel,
 )
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
+from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.data.pairs import pack_answers
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
@@ -136,7 +136,7 @@ def train_and_measure(arch: Any, mesh: Mesh, alpha: float, seed: int, steps: int
         lengths = np.array([rows_of(group, answer_layout) for group in groups])
         plan = plan_packs(lengths, TOKENS_PER_PACK, seed=seed, epoch=0)
         return [
-            pack_answers([groups[i] for i in plan.pack(k)], TOKENS_PER_PACK, CPU, answer_layout)
+            pack_groups([groups[i] for i in plan.pack(k)], TOKENS_PER_PACK, CPU, answer_layout)
             for k in range(len(plan))
         ]
 

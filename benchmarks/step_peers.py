@@ -34,7 +34,7 @@ from step_workload import (
 
 from paralign.engine.build import DTYPES, random_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.answers import Group
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
 from paralign.engine.model import ModelConfig
@@ -267,7 +267,7 @@ def megatron_sft(
                 parameter.copy_(rules[name].slice(read, 0, 1))
         wrapped = wrap_for_data_parallel([model], config, layout)  # type: ignore[list-item]
         optimizer = Optimizer(wrapped, SETTINGS, layout, config.params_dtype)
-        rows = [pack_batch(pack, geometry.tokens_per_pack, mesh.device) for pack in packs]
+        rows = [pack_chats(pack, geometry.tokens_per_pack, mesh.device) for pack in packs]
         learned = n_learned(packs)
 
         def forward(packs_left: Any, model: Any) -> tuple[torch.Tensor, Any]:

@@ -60,6 +60,7 @@ class PackedBatch:
         loss_rows: int64 (R,), the rows that the head computes, in order: those of `labels_T` that are not
             `IGNORE`, or under a scalar head those whose value is read; from the loader, so that no kernel asks
             the device how many there are.
+        weights_T: float32 (T,), what each row's label counts in a loss over tokens; 0 where a row has none.
         segments: who attends to whom.
         columns: what objectives need besides; their shapes stand in `Column`.
     """
@@ -67,8 +68,14 @@ class PackedBatch:
     tokens_T: Tensor
     labels_T: Tensor
     loss_rows: Tensor
+    weights_T: Tensor
     segments: Segments
     columns: Mapping[Column, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights_R(self) -> Tensor:
+        """Float32 (R,), the weight of each loss row."""
+        return self.weights_T.index_select(0, self.loss_rows)
 
 
 @dataclass
@@ -77,7 +84,7 @@ class StepBatch:
 
     Attributes:
         micro_batches: the packs of this rank.
-        counts: over the packs of *all* ranks: what a loss in that unit is divided by.
+        counts: over the packs of *all* ranks: what a loss in that unit is divided by; of tokens their weights.
         n_samples, n_tokens: real samples and real tokens over all ranks.
         sample_ids: ids of all the samples in the step, over all ranks, in pack order.
         pack_samples: for each of these packs the ids of its samples.
@@ -86,7 +93,7 @@ class StepBatch:
     """
 
     micro_batches: Sequence[PackedBatch]
-    counts: Mapping[Unit, int]
+    counts: Mapping[Unit, float]
     n_samples: int
     n_tokens: int
     sample_ids: tuple[int, ...]

@@ -21,13 +21,11 @@ from paralign.models.errors import DataError, RecipeError, WeightsError
 from .batch import Column, Head
 from .checkpoint.hf import arch_of
 from .checkpoint.source import open_source
-from .data.answer_cache import AnswerCache
 from .data.answers import AnswerLayout
-from .data.cache import TokenCache, build, build_or_open
+from .data.cache import TokenCache, build_or_open
 from .data.config import SourceConfig
-from .data.epochs import Epochs
+from .data.epochs import Epochs, StepStatistics, step_statistics
 from .data.preference import Kind
-from .data.sampler import StepStatistics, step_statistics
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
@@ -55,7 +53,7 @@ class CheckReport:
     layout: Layout
     parameters: int
     parameters_per_rank: int
-    caches: Mapping[str, TokenCache | AnswerCache]
+    caches: Mapping[str, TokenCache]
     steps: StepStatistics
     total_steps: int
 
@@ -134,7 +132,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         open_source(recipe.model.hf)
     _check_vocabulary(_largest_id(recipe.tokenizer_dir), recipe, arch)
 
-    caches: dict[str, TokenCache | AnswerCache] = {}
+    caches: dict[str, TokenCache] = {}
     for name, sources in sets.items():
         cache = caches[name] = open_set(recipe, sources, progress=progress)
         _check_vocabulary(cache.max_token, recipe, arch)
@@ -194,16 +192,22 @@ def record_kind(recipe: Recipe) -> Kind:
     return Kind.LABELLED if Column.DESIRABLE in build_objective(recipe.objective).needs else Kind.PAIRS
 
 
-def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache | AnswerCache:
+def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache:
     """The tokens of one set, as the objective reads its records."""
-    data, section = recipe.data, recipe.objective
-    if not isinstance(section, AnswerSection):
-        return build_or_open(data, sources, recipe.tokenizer_dir, progress=progress)
+    section = recipe.objective
     objective = build_objective(section)
-    directory, opened = build(data, sources, recipe.tokenizer_dir, record_kind(recipe), progress=progress)
-    layout = AnswerLayout(objective.needs, objective.head, section.share_prefix)
+    share_prefix = section.share_prefix if isinstance(section, AnswerSection) else True
+    layout = AnswerLayout(objective.needs, objective.head, share_prefix)
     score_range = section.score_range if isinstance(section, RewardConfig) else None
-    return AnswerCache.open(directory, opened, data, layout, score_range)
+    return build_or_open(
+        recipe.data,
+        sources,
+        recipe.tokenizer_dir,
+        record_kind(recipe),
+        layout,
+        score_range,
+        progress=progress,
+    )
 
 
 def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
@@ -249,7 +253,7 @@ def _parameters_per_rank(layout: Layout, arch: Arch) -> int:
     return max(sum(math.prod(rule.shard_shape(layout.tp)) for rule in rules) for rules in stages)
 
 
-def _described(cache: TokenCache | AnswerCache) -> str:
+def _described(cache: TokenCache) -> str:
     left_out = {
         "too long": cache.n_dropped,
         "with nothing to learn": cache.n_skipped,
@@ -257,7 +261,7 @@ def _described(cache: TokenCache | AnswerCache) -> str:
         "that cannot be read": sum(cache.n_bad),
     }
     notes = "".join(f"; {count:,} {what}" for what, count in left_out.items() if count)
-    if isinstance(cache, AnswerCache):
+    if cache.has_answers:
         return (
             f"{len(cache):,} prompts with {int(cache.n_answers.sum()):,} answers, "
             f"{int(cache.lengths.sum()):,} rows{notes}"

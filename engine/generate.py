@@ -19,7 +19,7 @@ import torch
 
 from .batch import PackedBatch
 from .data.cache import TokenCache
-from .data.loader import pack_batch
+from .data.pack import pack_chats
 from .data.render import open_tokenizer
 from .kernels.greedy_token import greedy_token
 from .mesh import Mesh
@@ -43,9 +43,9 @@ def prompts_of(cache: TokenCache, n_samples: int, max_new_tokens: int) -> list[P
     for id_ in range(len(cache)):
         if len(found) == n_samples:
             break
-        tokens, learned = cache.sample(id_)
-        last = int(np.flatnonzero(learned)[-1])
-        unlearned = np.flatnonzero(learned[:last] == 0)
+        tokens, weights = cache.group(id_).whole()
+        last = int(np.flatnonzero(weights)[-1])
+        unlearned = np.flatnonzero(weights[:last] == 0)
         start = int(unlearned[-1]) + 1 if len(unlearned) else 1
         if start + max_new_tokens <= room:
             found.append(Prompt(cache.place(id_), tokens[:start], tokens[start : last + 1]))
@@ -71,7 +71,7 @@ def greedy(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     # Other data-parallel ranks would compute the same, and micro-batches beyond the first are the schedule's.
-    empty = pack_batch([], tokens_per_pack, mesh.device)
+    empty = pack_chats([], tokens_per_pack, mesh.device)
     with _greedy_head(chunks):
         for _ in range(max_new_tokens):
             going = [i for i, answer in enumerate(answers) if not answer or answer[-1] not in stops]
@@ -80,7 +80,7 @@ def greedy(
             pack = empty
             if mesh.dp_rank == 0:
                 rows = [np.concatenate((prompts[i], answers[i])) for i in going]
-                pack = pack_batch([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
+                pack = pack_chats([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
             packs = [pack] + [empty] * (mesh.layout.micro_batch_multiple - 1)
             chosen = torch.zeros(len(going), dtype=torch.float64, device=mesh.device)
             results = run_forward(chunks, packs, _chosen)
@@ -93,9 +93,9 @@ def greedy(
 
 def _asking(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A sample whose only row with a label is that of the last token: a stand-in follows it, to be predicted."""
-    learned = np.zeros(len(tokens) + 1, dtype=bool)
-    learned[-1] = True
-    return np.append(tokens, 0), learned
+    weights = np.zeros(len(tokens) + 1, dtype=np.float32)
+    weights[-1] = 1
+    return np.append(tokens, 0), weights
 
 
 def _chosen(out_T: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -22,8 +22,7 @@ from .check import CheckReport, check
 from .checkpoint import store
 from .checkpoint.hf import Assets, arch_of, parse_size
 from .checkpoint.source import open_source
-from .data.answer_cache import AnswerCache
-from .data.cache import TokenCache, stop_token
+from .data.cache import stop_token
 from .data.render import template_text
 from .launch import RankEnv, rank_environment
 from .layout import resolve
@@ -188,8 +187,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     )
     from .checkpoint.export import export_hf
     from .checkpoint.native import NativeCheckpoints
-    from .data.answer_loader import AnswerLoader
-    from .data.loader import PackLoader, StepLoader
+    from .data.loader import PackLoader
     from .generate import Generations
     from .kernels.parts import choose_parts, describe_kernels, fused
     from .objectives.by_source import BySource
@@ -218,12 +216,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         "micro_batch_multiple": layout.micro_batch_multiple,
         "device": mesh.device,
     }
-    loaders: dict[str, StepLoader] = {
-        name: AnswerLoader(cache, **options)
-        if isinstance(cache, AnswerCache)
-        else PackLoader(cache, **options)
-        for name, cache in report.caches.items()
-    }
+    loaders = {name: PackLoader(cache, **options) for name, cache in report.caches.items()}
     read = _weights_to_start_from(recipe, arch, mesh)
     load_weights(chunks, arch, mesh, read)
     reference = None
@@ -232,10 +225,9 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     wrapped = wrap_for_data_parallel(chunks, config, layout)
     optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
 
-    scorer = None
-    if isinstance(cache := report.caches["train"], AnswerCache) and arch.scalar_head:
-        scorer = scorer_of(arch, recipe.tokenizer_dir, cache.last_tokens)
-    turn_end = stop_token(cache) if isinstance(cache, TokenCache) else None
+    cache, learns_answers = report.caches["train"], isinstance(recipe.objective, AnswerSection)
+    scorer = scorer_of(arch, recipe.tokenizer_dir, cache.last_tokens()) if arch.scalar_head else None
+    turn_end = None if learns_answers else stop_token(cache)
     assets = Assets(
         recipe.model.hf, recipe.tokenizer_dir, template_text(recipe.data.chat_template), scorer, turn_end
     )
@@ -276,17 +268,17 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     )
     objective = build_objective(recipe.objective)
     names = [source.name for source in recipe.data.train]
-    if len(set(names)) > 1 and not isinstance(recipe.objective, AnswerSection):
+    if len(set(names)) > 1 and not learns_answers:
         objective = BySource(objective, names)
     generations = None
-    if recipe.train.generate_samples and replay_step is None:
+    if recipe.train.generate_samples and replay_step is None and not learns_answers:
         generations = Generations(
             wrapped,
             mesh,
             {
                 name.removeprefix("validation/"): cache
                 for name, cache in report.caches.items()
-                if name != "train" and isinstance(cache, TokenCache)
+                if name != "train"
             },
             recipe.tokenizer_dir,
             recipe.run_dir,

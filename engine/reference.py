@@ -25,7 +25,8 @@ from .array_file import read_arrays
 from .batch import PackedBatch
 from .checkpoint.hf import assets_of
 from .checkpoint.tensorfile import MappedFile, read_header
-from .data.answer_loader import AnswerLoader
+from .data.loader import PackLoader
+from .data.token_files import samples_key
 from .mesh import Mesh
 from .whole_file import whole_file
 
@@ -69,7 +70,7 @@ def weights_digest(directory: Path, *, dtype: str) -> str:
 
 
 def fill_from_disk_or_score(
-    loaders: Mapping[str, AnswerLoader], made_by: MadeBy, mesh: Mesh, score: Score, *, total_steps: int
+    loaders: Mapping[str, PackLoader], made_by: MadeBy, mesh: Mesh, score: Score, *, total_steps: int
 ) -> None:
     """Gives every loader the log-probabilities of its answers, and of its mismatched answers if it has any.
 
@@ -81,8 +82,8 @@ def fill_from_disk_or_score(
         DataError: a file that was made by other weights, data or template.
     """
     for name, loader in loaders.items():
-        directory = loader.answers.directory
-        mine = MadeBy(made_by.weights, directory.name, made_by.template)
+        directory = loader.cache.directory
+        mine = MadeBy(made_by.weights, samples_key(directory), made_by.template)
         loader.reference = _stored(
             directory / f"reference-{mine.weights[:16]}.npz",
             mine,
@@ -121,11 +122,11 @@ def read_reference(path: Path, mine: MadeBy) -> np.ndarray:
     return values
 
 
-def _score_all(score: Score, loader: AnswerLoader) -> np.ndarray:
-    return score(loader.every_answer(), loader.answers.n_all_answers)
+def _score_all(score: Score, loader: PackLoader) -> np.ndarray:
+    return score(loader.every_answer(), loader.cache.n_all_answers)
 
 
-def _score_mismatched(score: Score, loader: AnswerLoader, steps: range) -> np.ndarray:
+def _score_mismatched(score: Score, loader: PackLoader, steps: range) -> np.ndarray:
     return score(map(loader.mismatched, steps), loader.answers_before(len(steps)))
 
 

@@ -115,7 +115,7 @@ def _alone(
             train=True,
         )
     loss = sum(
-        total / max(1, batch.counts.get(unit, 0))
+        total / (batch.counts.get(unit, 0) or 1.0)
         for unit, total in zip(UNITS, sums[: len(UNITS), 0].tolist())
     )
     named = [weight for chunk in trainer.chunks for weight in chunk.module.named_weights()]

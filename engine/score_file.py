@@ -17,12 +17,12 @@ from paralign.models.errors import DataError, WeightsError
 
 from .batch import Head
 from .checkpoint.hf import HFReader
-from .data.answers import Answer, AnswerLayout, Group
+from .data.answers import AnswerLayout, Group, chat
 from .data.config import ChatTemplate, SourceConfig
 from .data.encode import Rendering, encode_record
+from .data.epochs import deal
 from .data.packing import plan_packs
 from .data.render import template_text
-from .data.sampler import assign
 from .data.sources import read_records, record_format
 from .launch import RankEnv
 from .layout import LayoutConfig, resolve
@@ -83,8 +83,7 @@ def _read(
             raise DataError(
                 f"{data}:{record.line}: {len(tokens):,} tokens; expected 2 to tokens_per_pack {tokens_per_pack:,}"
             )
-        learned = np.ones(len(tokens) - 1, dtype=bool)
-        groups.append(Group(tokens[:1], (Answer(tokens[1:], learned, id=len(groups)),)))
+        groups.append(chat(tokens, np.ones(len(tokens), dtype=np.float32), len(groups)))
         lines.append(record.line)
     return lines, groups
 
@@ -98,7 +97,7 @@ def _score(
     tokens_per_pack: int,
 ) -> np.ndarray:
     from .build import build_chunks, load_weights, transformer_config
-    from .data.pairs import pack_answers
+    from .data.pack import pack_groups
     from .kernels.parts import choose_parts
     from .mesh import open_mesh, open_world
     from .score import score_values
@@ -131,16 +130,16 @@ def _score(
             at_once = PACKS_PER_RANK * layout.dp * multiple
             for first in range(0, len(plan), at_once):
                 packs = [plan.pack(i) for i in range(first, min(first + at_once, len(plan)))]
-                work = [int(np.square(lengths[ids]).sum()) for ids in packs]
-                mine = assign(work, layout.dp, layout.micro_batch_multiple)[mesh.dp_rank]
+                mine = deal(
+                    packs,
+                    lengths,
+                    dp_rank=mesh.dp_rank,
+                    dp_size=layout.dp,
+                    micro_batch_multiple=layout.micro_batch_multiple,
+                )
                 yield [
-                    pack_answers(
-                        [groups[k] for k in packs[i]] if i is not None else [],
-                        tokens_per_pack,
-                        mesh.device,
-                        answer_layout,
-                    )
-                    for i in mine
+                    pack_groups([groups[k] for k in ids], tokens_per_pack, mesh.device, answer_layout)
+                    for ids in mine
                 ]
 
         return score_values(chunks, steps(), len(groups), mesh)

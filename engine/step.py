@@ -67,7 +67,7 @@ def run_own(
 def report(objective: Objective, sums: Tensor) -> dict[str, float]:
     """The loss, that is each unit's mean added up, and the objective's metrics, from what `run_step` gave."""
     rows = sums.tolist()
-    loss = sum(total / max(1.0, count) for total, count in rows[: len(UNITS)])
+    loss = sum(total / (count or 1.0) for total, count in rows[: len(UNITS)])
     return {"loss": loss, **objective.report(rows[len(UNITS) :])}
 
 
@@ -118,16 +118,17 @@ def _forward(
     packs: Iterator[PackedBatch], model: Any, *, loss: Callable[..., Any], row_gradient: float | None
 ) -> tuple[Tensor, Any]:
     pack = next(packs)
-    out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, row_gradient)
+    known_R = None if row_gradient is None else row_gradient * pack.weights_R
+    out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, known_R)
     return out, partial(loss, pack=pack)
 
 
 def _loss(
-    out: Tensor, *, pack: PackedBatch, objective: Objective, counts: Mapping[Unit, int]
+    out: Tensor, *, pack: PackedBatch, objective: Objective, counts: Mapping[Unit, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Megatron's triple (loss, token count, report); the count is unused and must be an integer tensor."""
     sums = objective.loss(out, pack)
-    divided = [total / max(1, counts[unit]) for unit, total in sums.totals.items()]
+    divided = [total / (counts[unit] or 1.0) for unit, total in sums.totals.items()]
     measured = torch.zeros(len(UNITS) + sums.metrics.shape[0], 2, dtype=torch.float64, device=out.device)
     for unit, total in sums.totals.items():
         measured[UNITS.index(unit), 0] = total.detach().double()

@@ -16,7 +16,7 @@ from paralign.models.errors import TrainingError
 from .batch import StepBatch
 from .checkpoint.native import NativeCheckpoints
 from .checkpoint.store import Progress
-from .data.loader import StepLoader
+from .data.loader import PackLoader
 from .generate import Generations
 from .mesh import Mesh
 from .objectives import Objective
@@ -61,8 +61,8 @@ class Trainer:
     objective: Objective
     optimizer: Optimizer
     schedule: OptimizerConfig
-    train_loader: StepLoader
-    validation: Mapping[str, StepLoader]
+    train_loader: PackLoader
+    validation: Mapping[str, PackLoader]
     checkpoints: NativeCheckpoints
     export: Callable[[Path], None]
     export_dir: Path

@@ -52,7 +52,7 @@ class TokenLogprob(Protocol):
         *,
         vocab_size: int,
         group: Any,
-        row_gradient: float | None,
+        row_gradient: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -89,7 +89,7 @@ class LogProbHead(ColumnParallelLinear):
         labels_T: Tensor,
         loss_rows: Tensor,
         weight: Tensor | None = None,
-        row_gradient: float | None = None,
+        row_gradient: Tensor | None = None,
     ) -> Tensor:
         """Float32 (T,): log p(label) where a row has one, 0 elsewhere; `row_gradient` as in `Decoder.forward`."""
         if self.sequence_parallel:
@@ -226,12 +226,12 @@ class Decoder(LanguageModule):
         labels_T: Tensor,
         loss_rows: Tensor,
         segments: Segments,
-        row_gradient: float | None = None,
+        row_gradient: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (T, 1, H) for the next stage, or, on the last, what the head gives, float32 (T,).
 
         Args:
-            row_gradient: the gradient that every loss row will get, if it is known: it spares the head a product.
+            row_gradient: float32 (R,), the gradient each loss row will get, if known: it spares the head a product.
         """
         if self.arch.alibi:
             segments.alibi_slopes_H = self.alibi_slopes_H

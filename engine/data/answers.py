@@ -1,4 +1,7 @@
-"""Prompts with their answers, and how many rows they take in a pack. Owns no tensor; pairs.py makes the packs."""
+"""What is packed: prompts with their answers, and how many rows they take. Owns no tensor; pack.py makes the packs.
+
+A chat is a prompt of one token with one answer: nothing stands before its first token, so that is never learned.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ class Answer:
 
     Attributes:
         tokens: (L,), of any integer type, what follows the prompt.
-        learned: (L,), 1 where the token's log-probability counts.
+        weights: float32 (L,), what each token counts in the loss: 0 where it is not learned.
         id: of the answer in its data set.
         desirable: its label, where answers have one.
         score: absolute and normalised; NaN where there is none.
     """
 
     tokens: np.ndarray
-    learned: np.ndarray
-    id: int
+    weights: np.ndarray
+    id: int = 0
     desirable: bool = False
     score: float = math.nan
 
@@ -37,6 +40,17 @@ class Group:
     prompt: np.ndarray
     answers: tuple[Answer, ...]
     margin: float = 0.0
+
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights of the prompt with its first answer, (L,) each."""
+        answer = self.answers[0]
+        before = np.zeros(len(self.prompt), dtype=np.float32)
+        return np.concatenate((self.prompt, answer.tokens)), np.concatenate((before, answer.weights))
+
+
+def chat(tokens: np.ndarray, weights: np.ndarray, id_: int = 0) -> Group:
+    """A conversation, (L,) tokens and their weights, as an answer to its first token."""
+    return Group(tokens[:1], (Answer(tokens[1:], weights[1:], id_),))
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,7 @@ class AnswerLayout:
         return prompt_length * n_answers + answer_tokens
 
 
-def counted_tokens(group: Group, layout: AnswerLayout) -> int:
-    """Tokens of the chosen answer that a likelihood is averaged over: the first answer's, and the prompt's."""
-    if layout.labels_prompts:
-        return len(group.prompt) + len(group.answers[0].tokens) - 1
-    return int(np.count_nonzero(group.answers[0].learned))
+CHATS = AnswerLayout(frozenset(), Head.LM, share_prefix=True)
 
 
 def mismatch(groups: Sequence[Group], tokens_per_pack: int, layout: AnswerLayout) -> list[Group]:
@@ -91,7 +101,7 @@ def mismatch(groups: Sequence[Group], tokens_per_pack: int, layout: AnswerLayout
             continue
         room = tokens_per_pack - len(group.prompt)
         made += [
-            Group(group.prompt, (replace(a, tokens=a.tokens[:room], learned=a.learned[:room]),))
+            Group(group.prompt, (replace(a, tokens=a.tokens[:room], weights=a.weights[:room]),))
             for a in answers
         ]
     return made

@@ -1,26 +1,13 @@
-"""Tokens on disk, made once for each content. Owns the directory and its key, not how tokens come about.
+"""The samples of a set: which answers form one, and which samples are kept. Owns the selection, not the files.
 
-    <cache_dir>/<key>/tokens.bin    int32, all samples end to end
-                      learned.bin   uint8, 1 where the token is to be predicted
-                      samples.npz   per sample: lengths, n_loss, lines, sources
-                      answers.npy   only of preferences: per sample a row of ANSWER
-                      meta.json     n_tokens, max_token, paths; per source n_bad; first_bad
-
-It is written under a temporary name and renamed, so that a directory of the final name is complete; of two
-processes that write the same one, the first to end wins. N samples.
+N answers on disk, G samples.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,48 +15,39 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from ..array_file import read_arrays
-from ..whole_file import sync, sync_tree
+from ..batch import Column, Unit
+from .answers import CHATS, Answer, AnswerLayout, Group
 from .config import DataConfig, SourceConfig
-from .encode import Encoded, Rendering, encode_sources
 from .preference import Kind
-from .render import template_text
-from .sources import content_files, record_format
-
-SAMPLES = "samples.npz"
-SAMPLE_COLUMNS = ("lengths", "n_loss", "lines", "sources")
-VERSION = 2  # of the layout above and of what render makes of a conversation; part of the key
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from .token_files import StoredAnswers, build, samples_key
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The samples to train on: those on disk, less what `too_long` and `nothing_to_learn` take out.
+    """The samples to train on, each a prompt with its answers: those on disk, less the too long and the idle.
 
-    Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it again.
+    A chat is a sample of one answer. Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it
+    again. N answers on disk, G samples.
 
     Attributes:
         directory, origins, config: what it was opened with; `origins` are the sources of this set.
-        fingerprint: names content, selection and weights; equal fingerprints have equal samples under equal
-            ids, and equal epochs.
-        tokens: int32, memory-mapped, the samples of the cache end to end.
-        learned: uint8, memory-mapped, 1 where the token is to be predicted.
-        starts: int64 (N,), first token of each sample.
-        lengths: int64 (N,), tokens of each sample, at most `tokens_per_pack`.
-        n_loss: int64 (N,), tokens to be predicted in each sample.
-        sources: int32 (N,), index into `origins`.
-        lines: int64 (N,), the line each sample begins at; of a table, its row.
+        layout: how samples are laid out in packs, which decides how many rows they take.
+        score_range: lowest and highest score in the data, or None if scores are not read.
+        has_answers: samples are prompts with answers, not chats.
+        fingerprint: names content, selection and weights; equal ones have equal samples under equal ids, and equal
+            epochs.
+        tokens: int32, memory-mapped, the answers end to end, each behind its prompt.
+        weights: float32, memory-mapped, what each token counts in the loss; 0 where it is not learned.
+        starts, ends: int64 (N,), where each answer begins, prompt included, and ends.
+        answers: of ANSWER (N,), what is known of each besides.
+        members: int64, the answers of all samples, end to end.
+        first_member, n_answers: int64 (G,), where the answers of each sample begin in `members`, and how many.
+        lengths: int64 (G,), rows of each sample, at most `tokens_per_pack`.
+        n_loss: int64 (G,), tokens of its answers to be predicted.
+        token_weights: float64 (G,), what its tokens count together in a loss over tokens: their weights; of answers
+            those of the first, with its prompt where that is learned too.
+        sources: int32 (G,), index into `origins`.
+        lines: int64 (G,), the line each sample begins at; of a table, its row.
         max_token: largest token id of the cache; the model's vocabulary must be larger.
         n_dropped, n_truncated, n_skipped: samples too long (dropped, cut) and with nothing to learn.
         n_bad: for each source, the records that could not be read or rendered and were left out.
@@ -79,12 +57,21 @@ class TokenCache:
     directory: Path
     origins: tuple[SourceConfig, ...]
     config: DataConfig
+    layout: AnswerLayout
+    score_range: tuple[float, float] | None
+    has_answers: bool
     fingerprint: str
     tokens: np.ndarray
-    learned: np.ndarray
+    weights: np.ndarray
     starts: np.ndarray
+    ends: np.ndarray
+    answers: np.ndarray
+    members: np.ndarray
+    first_member: np.ndarray
+    n_answers: np.ndarray
     lengths: np.ndarray
     n_loss: np.ndarray
+    token_weights: np.ndarray
     sources: np.ndarray
     lines: np.ndarray
     max_token: int
@@ -98,93 +85,181 @@ class TokenCache:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple[Callable[..., TokenCache], tuple[object, ...]]:
-        return TokenCache.open, (self.directory, self.origins, self.config)
+        return TokenCache.open, (self.directory, self.origins, self.config, self.layout, self.score_range)
 
-    def sample(self, id_: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens int32 (L,) and learned uint8 (L,) of one sample, as views of the file."""
-        rows = slice(self.starts[id_], self.starts[id_] + self.lengths[id_])
-        return self.tokens[rows], self.learned[rows]
+    @property
+    def n_all_answers(self) -> int:
+        """Answers on disk, those of samples left out too: one more than the largest answer id."""
+        return len(self.starts)
+
+    def last_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset(np.unique(self.tokens[self.ends - 1]).tolist())
 
     def place(self, id_: int) -> str:
         """file:line of one sample."""
         return f"{self.origins[self.sources[id_]].path}:{self.lines[id_]}"
 
+    def group(self, id_: int) -> Group:
+        """One sample; its tokens are views of the file."""
+        first = self.first_member[id_]
+        members = self.members[first : first + self.n_answers[id_]]
+        about = self.answers[members]
+        start, n_prompt = self.starts[members[0]], int(about["prompt"][0])
+        return Group(
+            prompt=self.tokens[start : start + n_prompt],
+            answers=tuple(
+                Answer(
+                    tokens=self.tokens[self.starts[i] + n_prompt : self.ends[i]],
+                    weights=self.weights[self.starts[i] + n_prompt : self.ends[i]],
+                    id=int(i),
+                    desirable=bool(row["desirable"]),
+                    score=self._normalised(float(row["score"])),
+                )
+                for i, row in zip(members, about)
+            ),
+            margin=float(about["margin"][0]),
+        )
+
+    def counts(self, ids: np.ndarray) -> dict[Unit, float]:
+        """What losses over these samples are divided by."""
+        return {
+            Unit.TOKEN: float(self.token_weights[ids].sum()),
+            Unit.SAMPLE: int(self.n_answers[ids].sum()),
+            Unit.PAIR: len(ids) if Column.PAIR in self.layout.needs else 0,
+        }
+
     @classmethod
-    def open(cls, directory: Path, origins: Sequence[SourceConfig], config: DataConfig) -> TokenCache:
-        """Maps the cache in `directory` and selects the samples that `config` lets through.
+    def open(
+        cls,
+        directory: Path,
+        origins: Sequence[SourceConfig],
+        config: DataConfig,
+        layout: AnswerLayout = CHATS,
+        score_range: tuple[float, float] | None = None,
+    ) -> TokenCache:
+        """Maps the cache in `directory`, groups its answers and selects the samples that `config` lets through.
 
         Raises:
-            DataError: not a whole cache; a sample too long or with nothing to learn, where that is an error;
-                no sample left of a source that is to be seen.
+            DataError: not a whole cache; a sample too long or with nothing to learn, where that is an error; no
+                sample left of a source that is to be seen; a score outside its range; labels of one kind only, where
+                the objective compares the two.
         """
-        try:
-            meta = json.loads((directory / "meta.json").read_text())
-            n_tokens, _ = meta["n_tokens"], (meta["n_bad"], meta["first_bad"], meta["max_token"])
-            lengths, n_loss, lines, sources = read_arrays(directory / SAMPLES, *SAMPLE_COLUMNS)
-            tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
-            learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
-        if not len(tokens) == len(learned) == n_tokens == lengths.sum():
-            raise DataError(f"{directory}: tokens are missing; the disk may be full; delete it")
-        starts = np.cumsum(lengths) - lengths
+        stored = StoredAnswers.read(directory)
+        _check_answers(stored, origins, layout, score_range)
+        limit = config.tokens_per_pack
+        members, first_member = _grouped(stored, layout, limit)
+        n_answers = np.diff(np.concatenate((first_member, [len(members)])))
+        firsts = members[first_member]
+        sources, lines = stored.sources[firsts], stored.lines[firsts]
+
+        def per_sample(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values[members], first_member) if len(members) else values[:0]
 
         def first(which: np.ndarray) -> str:
             i = int(np.flatnonzero(which)[0])
-            return f"{origins[sources[i]].path}:{lines[i]}: {lengths[i]:,} tokens"
+            what = "rows for a prompt and its answers" if stored.has_answers else "tokens"
+            return f"{origins[sources[i]].path}:{lines[i]}: {lengths[i]:,} {what}"
 
-        limit = config.tokens_per_pack
+        answer_tokens = stored.lengths - stored.answers["prompt"]
+        lengths = layout.rows(stored.answers["prompt"][firsts], n_answers, per_sample(answer_tokens))
         long = lengths > limit
         if long.any() and config.too_long == "error":
+            remedy = "drop" if stored.has_answers else "drop or truncate"
             raise DataError(
                 f"{first(long)}; tokens_per_pack is {limit:,} and {_samples(long)} longer; "
-                "raise tokens_per_pack, or set too_long: drop or truncate"
+                f"raise tokens_per_pack, or set too_long: {remedy}"
             )
-        if config.too_long == "truncate":
-            for i in np.flatnonzero(long):
-                n_loss[i] = int(learned[starts[i] : starts[i] + limit].sum())
-            keep = np.ones(len(lengths), dtype=bool)
-        else:
-            keep = ~long
-        lengths = np.minimum(lengths, limit)
+        keep = ~long
+        if config.too_long == "truncate":  # chats only: a sample is an answer
+            stored.cut(np.flatnonzero(long), limit)
+            keep[:], lengths = True, np.minimum(lengths, limit)
+        n_loss, token_weights = per_sample(stored.n_loss), stored.token_weights[firsts]
+        if layout.labels_prompts:
+            token_weights = (stored.lengths[firsts] - 1).astype(np.float64)
         barren = keep & (n_loss == 0)
         if barren.any() and config.nothing_to_learn == "error":
             raise DataError(
                 f"{first(barren)}, none of them to be learned (no assistant turn, or it was cut off), like "
                 f"{_count(barren):,} in all; mend them, or set nothing_to_learn: skip"
             )
-        n_truncated = _count(keep & long)
-        n_dropped = _count(~keep)
+        n_truncated, n_dropped = _count(keep & long), _count(~keep)
         keep &= ~barren
         for index, origin in enumerate(origins):
             here = sources == index
             if origin.weight and not (keep & here).any():
                 raise DataError(
                     f"{origin.path}: no sample is left: {_count(here & long)} longer than {limit:,} tokens, "
-                    f"{_count(here & barren)} with nothing to learn, {meta['n_bad'][index]:,} that cannot be read"
-                    + (f", the first of all: {meta['first_bad']}" if meta["first_bad"] else "")
+                    f"{_count(here & barren)} with nothing to learn, {stored.n_bad[index]:,} that cannot be read"
+                    + (f", the first of all: {stored.first_bad}" if stored.first_bad else "")
                 )
+        # What running jobs were saved with: not to be changed for the same samples in the same packs.
+        selection = [samples_key(directory), limit, config.too_long]
         weights = [origin.weight for origin in origins]
-        selection = f"{directory.name} {limit} {config.too_long} {config.nothing_to_learn} {weights}"
+        if stored.has_answers:
+            selection += [weights, layout.share_prefix, Column.PAIR in layout.needs]
+        else:
+            selection += [config.nothing_to_learn, weights]
         return cls(
             directory=directory,
             origins=tuple(origins),
             config=config,
-            fingerprint=hashlib.sha256(selection.encode()).hexdigest()[:32],
-            tokens=tokens,
-            learned=learned,
-            starts=starts[keep],
+            layout=layout,
+            score_range=score_range,
+            has_answers=stored.has_answers,
+            fingerprint=hashlib.sha256(" ".join(map(str, selection)).encode()).hexdigest()[:32],
+            tokens=stored.tokens,
+            weights=stored.weights,
+            starts=stored.starts,
+            ends=stored.starts + stored.lengths,
+            answers=stored.answers,
+            members=members,
+            first_member=first_member[keep],
+            n_answers=n_answers[keep],
             lengths=lengths[keep],
             n_loss=n_loss[keep],
+            token_weights=token_weights[keep],
             sources=sources[keep],
             lines=lines[keep],
-            max_token=meta["max_token"],
+            max_token=stored.max_token,
             n_dropped=n_dropped,
             n_truncated=n_truncated,
             n_skipped=_count(barren),
-            n_bad=tuple(meta["n_bad"]),
-            first_bad=meta["first_bad"],
+            n_bad=stored.n_bad,
+            first_bad=stored.first_bad,
         )
+
+    def _normalised(self, score: float) -> float:
+        if self.score_range is None:
+            return float("nan")
+        low, high = self.score_range
+        return 2 * (score - low) / (high - low) - 1
+
+
+def build_or_open(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind = Kind.CONVERSATIONS,
+    layout: AnswerLayout = CHATS,
+    score_range: tuple[float, float] | None = None,
+    *,
+    progress: bool,
+) -> TokenCache:
+    """The cache of `sources`, tokenised now if it is not there yet.
+
+    Args:
+        sources: of one training set or one validation set, see `DataConfig.sets`.
+        tokenizer_dir: a Hugging Face directory with a fast tokenizer.
+        kind: what records are read as.
+        layout, score_range: see TokenCache.
+        progress: show a bar while tokenising.
+
+    Raises:
+        DataError, WeightsError: what is wrong with which line, template or tokenizer.
+    """
+    directory, opened = build(config, sources, tokenizer_dir, kind, progress=progress)
+    return TokenCache.open(directory, opened, config, layout, score_range)
 
 
 def stop_token(cache: TokenCache, *, n_samples: int = 1000) -> int | None:
@@ -193,214 +268,68 @@ def stop_token(cache: TokenCache, *, n_samples: int = 1000) -> int | None:
         return None
     ends: Counter[int] = Counter()
     for i in range(min(n_samples, len(cache))):
-        tokens, learned = cache.sample(i)
-        ends[int(tokens[np.flatnonzero(learned)[-1]])] += 1
+        answer = cache.group(i).answers[0]
+        ends[int(answer.tokens[np.flatnonzero(answer.weights)[-1]])] += 1
     (token, count), *_ = ends.most_common(1)
     return token if 2 * count > ends.total() else None
 
 
-def build_or_open(
-    config: DataConfig, sources: Sequence[SourceConfig], tokenizer_dir: Path, *, progress: bool
-) -> TokenCache:
-    """The cache of `sources`, tokenised now if it is not there yet.
-
-    Args:
-        sources: of one training set or one validation set, see `DataConfig.sets`.
-        tokenizer_dir: a Hugging Face directory with a fast tokenizer.
-        progress: show a bar while tokenising.
-
-    Raises:
-        DataError, WeightsError: what is wrong with which line, template or tokenizer.
-    """
-    return TokenCache.open(
-        *build(config, sources, tokenizer_dir, Kind.CONVERSATIONS, progress=progress), config
-    )
-
-
-def build(
-    config: DataConfig,
-    sources: Sequence[SourceConfig],
-    tokenizer_dir: Path,
-    kind: Kind,
-    *,
-    progress: bool,
-) -> tuple[Path, list[SourceConfig]]:
-    """The directory of the cache, made now if it is not there yet, and the sources it was made of.
-
-    Args:
-        kind: what records are read as.
-    """
-    sources = [source.model_copy(update={"format": source.format or config.format}) for source in sources]
-    directory = cache_directory(config, sources, tokenizer_dir, kind)
-    if not directory.is_dir():
-        _build(directory, config, sources, tokenizer_dir, kind, progress)
-    return directory, sources
-
-
-def cache_directory(
-    config: DataConfig,
-    sources: Sequence[SourceConfig],
-    tokenizer_dir: Path,
-    kind: Kind = Kind.CONVERSATIONS,
-) -> Path:
-    """Where the cache of this content is, or will be: a process that waits for another one looks here."""
-    key = hashlib.sha256()
-
-    def add(name: str, content: bytes) -> None:
-        key.update(f"{name} {len(content)}\n".encode() + content)
-
-    add("version", str(VERSION).encode())
-    add("loss_on", config.loss_on.encode())
-    add("bad_record", config.bad_record.encode())
-    add("kind", kind.value.encode())
-    add("template", (template_text(config.chat_template) or "").encode())
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            add(name, _digest(tokenizer_dir / name))
-    for source in sources:
-        add("format", (source.format or config.format).encode())
-        add("columns", json.dumps(source.columns, sort_keys=True).encode())
-        for file in content_files(source.path):
-            add("content", _digest(file))
-    return config.cache_dir / key.hexdigest()[:32]
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _build(
-    directory: Path,
-    config: DataConfig,
-    sources: Sequence[SourceConfig],
-    tokenizer_dir: Path,
-    kind: Kind,
-    progress: bool,
-) -> None:
-    rendering = Rendering(
-        tokenizer_dir,
-        template_text(config.chat_template),
-        config.loss_on,
-        skip_bad=config.bad_record == "skip",
-        kind=kind,
-    )
-    # The keys of a preference say what it is; nothing is to be stated or found out.
-    conversations = kind is Kind.CONVERSATIONS
-    formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
-    try:
-        with _unfinished(directory) as temporary:
-            with _advance(sources, shown=progress) as advance:
-                stream = encode_sources(sources, formats, rendering, config.workers)
-                _write(temporary, stream, sources, advance)
-            try:
-                sync_tree(temporary)
-                os.rename(temporary, directory)
-                sync(directory.parent)
-            except OSError:
-                if not directory.is_dir():
-                    raise
-    except OSError as error:
-        raise DataError(f"cache_dir {config.cache_dir}: the cache cannot be written: {error}") from error
-
-
-@contextmanager
-def _unfinished(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory`, to be renamed to it; removes those that killed processes have left.
-
-    A lock beside it says that somebody is at work, and ends with its holder.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for left in directory.parent.glob(f".{directory.name}.*.lock"):
-        with suppress(OSError), left.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-            left.unlink()
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    path = temporary.with_suffix(f"{temporary.suffix}.lock")
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            temporary.mkdir()
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            path.unlink(missing_ok=True)  # another process may have taken it for one that was left
-
-
-def _write(
-    directory: Path,
-    stream: Iterator[Encoded],
+def _check_answers(
+    stored: StoredAnswers,
     origins: Sequence[SourceConfig],
-    advance: Callable[[int], None],
+    layout: AnswerLayout,
+    score_range: tuple[float, float] | None,
 ) -> None:
-    lengths, n_loss, lines, sources, answers = [], [], [], [], []
-    max_token, n_stops = 0, 0
-    n_bad, first_bad = [0] * len(origins), ""
-    with (directory / "tokens.bin").open("wb") as tokens, (directory / "learned.bin").open("wb") as learned:
-        for chunk in stream:
-            chunk.tokens.tofile(tokens)
-            chunk.learned.astype(np.uint8).tofile(learned)
-            n_before = np.concatenate(([0], np.cumsum(chunk.learned, dtype=np.int64)))
-            ends = np.cumsum(chunk.lengths)
-            n_loss.append(n_before[ends] - n_before[ends - chunk.lengths])
-            lengths.append(chunk.lengths)
-            lines.append(chunk.lines)
-            sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
-            max_token = max(max_token, int(chunk.tokens.max(initial=0)))
-            n_stops += chunk.n_stops
-            answers.append(chunk.answers)
-            n_bad[chunk.source] += len(chunk.bad)
-            first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
-            advance(chunk.n_bytes)
-    paths = ", ".join(str(origin.path) for origin in origins)
-    if not any(map(len, lengths)):
+    """Raises DataError for a score outside its range, or labels of one kind where the objective compares the two."""
+    answers = stored.answers
+    if score_range is not None:
+        outside = (answers["score"] < score_range[0]) | (answers["score"] > score_range[1])
+        if outside.any():
+            i = int(np.flatnonzero(outside)[0])
+            raise DataError(
+                f"{origins[stored.sources[i]].path}:{stored.lines[i]}: score {answers['score'][i]:g} lies outside "
+                f"score_range {list(score_range)}; mend the record, or state the range of the data"
+            )
+    if Column.DESIRABLE in layout.needs and (answers["desirable"].all() or not answers["desirable"].any()):
         raise DataError(
-            f"{paths}: no sample is left: {sum(n_bad):,} that cannot be read, the first: {first_bad}"
+            f"{', '.join(str(origin.path) for origin in origins)}: every label is "
+            f"{str(bool(answers['desirable'][0])).lower()}; expected good answers and bad ones"
         )
-    if n_stops == 0 and any(n.any() for n in n_loss):
-        raise DataError(
-            f"{paths}: no sample teaches a token that ends a turn, so the model would never stop; "
-            "the template must end an assistant turn with a special token of the tokenizer, inside "
-            "{% generation %} if it has that"
-        )
-    np.savez(
-        directory / SAMPLES,
-        lengths=np.concatenate(lengths),
-        n_loss=np.concatenate(n_loss),
-        lines=np.concatenate(lines),
-        sources=np.concatenate(sources),
-    )
-    if any(len(table) for table in answers):
-        np.save(directory / "answers.npy", np.concatenate(answers))
-    meta = {
-        "n_tokens": int(sum(part.sum() for part in lengths)),
-        "max_token": max_token,
-        "paths": [str(origin.path) for origin in origins],
-        "n_bad": n_bad,
-        "first_bad": first_bad,
-    }
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-@contextmanager
-def _advance(sources: Sequence[SourceConfig], *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A function that is told the bytes that are done, and moves a bar if it is to be shown."""
-    if not shown:
-        yield lambda n_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=sum(map(_size, sources)))
-        yield lambda n_bytes: bar.advance(task, n_bytes)
-        bar.update(task, completed=bar.tasks[task].total)
+def _grouped(stored: StoredAnswers, layout: AnswerLayout, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (N,), answers, sample after sample; int64 (G,), where each sample begins in them."""
+    every = np.arange(len(stored.lengths))
+    if not stored.has_answers:
+        return every, every
+    if Column.PAIR in layout.needs:
+        return every, every[stored.answers["rank"] == 0]
+    return _by_prompt(stored, layout, limit)
 
 
-def _size(source: SourceConfig) -> int:
-    return sum(file.stat().st_size for file in content_files(source.path))
+def _by_prompt(stored: StoredAnswers, layout: AnswerLayout, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """`_grouped` for answers of one source to one prompt, as many in a sample as a pack has room for.
+
+    Samples come in the order of their first answers.
+    """
+    answer_tokens = stored.lengths - stored.answers["prompt"]
+    groups: list[list[int]] = []
+    open_group: dict[tuple[int, int], tuple[int, int]] = {}  # (source, prompt) → group, its answers' tokens
+    for i, (row, source, n_tokens) in enumerate(
+        zip(stored.answers, stored.sources.tolist(), answer_tokens.tolist())
+    ):
+        key = (source, int(row["prompt_key"]))
+        if layout.share_prefix and key in open_group:
+            group, so_far = open_group[key]
+            n_answers = np.array(len(groups[group]) + 1)
+            if layout.rows(row["prompt"], n_answers, np.array(so_far + n_tokens)) <= limit:
+                groups[group].append(i)
+                open_group[key] = group, so_far + n_tokens
+                continue
+        open_group[key] = len(groups), n_tokens
+        groups.append([i])
+    sizes = np.array([len(group) for group in groups])
+    return np.array([i for group in groups for i in group]), np.cumsum(sizes) - sizes
 
 
 def _count(which: np.ndarray) -> int:

@@ -1,7 +1,8 @@
-"""Renders and tokenises sources in worker processes. Owns the stream of samples, not its storage."""
+"""Renders and tokenises sources in worker processes. Owns the stream of samples and rows of ANSWER, not storage."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +20,24 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from .answer_table import ANSWER, describe_answers
 from .config import LossOn, SourceConfig
 from .conversation import RecordFormat, read_record, rename
-from .preference import Kind, read_preference
-from .record import Record
+from .preference import Kind, Preference, read_preference
 from .render import Rendered, Renderer
 from .sources import decode, read_records
+from .tables import Record
 
 CHUNK_BYTES = 1 << 20  # a task of some tenths of a second
+ANSWER = np.dtype(  # what is known of an answer besides its tokens
+    [
+        ("prompt", "i8"),  # tokens before the answer, the same in all answers of a record
+        ("prompt_key", "u8"),  # equal for equal prompts
+        ("rank", "i4"),  # place in its record: 0 chosen, 1 rejected
+        ("desirable", "?"),
+        ("score", "f8"),  # NaN: none
+        ("margin", "f8"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Encoded:
 
     Attributes:
         source: index of the source.
-        tokens, learned: int32 and bool, one per token.
+        tokens, weights: int32 and float32, one per token: its id, and what it counts in the loss.
         lengths, lines: int64, one per sample.
         n_stops: samples that teach a stop token.
         n_bytes: of the source, covered by the chunk.
@@ -76,7 +86,7 @@ class Encoded:
 
     source: int
     tokens: np.ndarray
-    learned: np.ndarray
+    weights: np.ndarray
     lengths: np.ndarray
     lines: np.ndarray
     n_stops: int
@@ -121,6 +131,43 @@ def encode_answers(
     return samples, describe_answers(preference, samples)
 
 
+def describe_answers(preference: Preference, samples: Sequence[Rendered]) -> np.ndarray:
+    """Of ANSWER, one row for each answer of a record.
+
+    The prompt is what all answers have in common before the first token that any of them learns: a tokenizer
+    may merge the end of a prompt with the beginning of one answer and not of the other.
+
+    Args:
+        samples: the prompt with each answer, rendered.
+
+    Raises:
+        DataError: an answer without a learned token, or nothing before it.
+    """
+    place = preference.conversations[0].place
+    n_prompt = min(len(sample.tokens) for sample in samples)
+    for sample in samples:
+        learned = np.flatnonzero(sample.learned)
+        if not len(learned):
+            raise DataError(f"{place}: an answer that renders to no token; expected text; remove the record")
+        n_prompt = min(n_prompt, int(learned[0]))
+        common = sample.tokens[:n_prompt] == samples[0].tokens[:n_prompt]
+        n_prompt = n_prompt if common.all() else int(np.argmin(common))
+    if n_prompt == 0:
+        raise DataError(
+            f"{place}: no token stands before the answers; take a chat template that marks turns, or begin "
+            "with a token of the beginning"
+        )
+    key = hashlib.blake2b(samples[0].tokens[:n_prompt].tobytes(), digest_size=8).digest()
+    rows = np.zeros(len(samples), dtype=ANSWER)
+    rows["prompt"] = n_prompt
+    rows["prompt_key"] = int.from_bytes(key, "big")
+    rows["rank"] = np.arange(len(samples))
+    rows["desirable"] = preference.desirable
+    rows["score"] = preference.scores
+    rows["margin"] = preference.margin
+    return rows
+
+
 def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
     samples: list[Rendered] = []
     lines, bad, answers = [], [], [np.zeros(0, dtype=ANSWER)]
@@ -142,7 +189,7 @@ def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
     return Encoded(
         source=chunk.index,
         tokens=np.concatenate([sample.tokens for sample in samples] or nothing),
-        learned=np.concatenate([sample.learned for sample in samples] or nothing).astype(bool),
+        weights=np.concatenate([sample.learned for sample in samples] or nothing).astype(np.float32),
         lengths=np.array([len(sample.tokens) for sample in samples], dtype=np.int64),
         lines=np.array(lines, dtype=np.int64),
         n_stops=sum(map(renderer.learns_to_stop, samples)),

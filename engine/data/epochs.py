@@ -1,22 +1,23 @@
-"""What an epoch holds: how often each sample is seen, packed, in steps. Owns weights of sources and step numbers.
+"""What an epoch holds, which packs form a step, and which rank takes which of them. Owns arithmetic only.
 
-Everything is a function of (samples, weights, seed), so that resuming is one integer. N samples.
+Everything is a function of (samples, weights, seed), so that resuming is one integer. A plan's packs are in random
+order already, so a step is a slice of it: the same samples at any layout. N samples.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
 from paralign.models.errors import DataError
 
-from .config import DataConfig, SourceConfig
+from .cache import TokenCache
 from .packing import PackPlan, plan_packs
-from .sampler import steps_per_epoch
 
 
 def visits(sources: np.ndarray, weights: Sequence[float], *, seed: int, epoch: int) -> np.ndarray:
@@ -39,24 +40,6 @@ def visits(sources: np.ndarray, weights: Sequence[float], *, seed: int, epoch: i
     return seen
 
 
-class Samples(Protocol):
-    """What is packed: conversations, or prompts with their answers; see TokenCache."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-    @property
-    def n_loss(self) -> np.ndarray: ...
-    @property
-    def sources(self) -> np.ndarray: ...
-    @property
-    def origins(self) -> tuple[SourceConfig, ...]: ...
-    @property
-    def config(self) -> DataConfig: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def place(self, id_: int) -> str: ...
-
-
 class Epochs:
     """The packs of each epoch, and the steps they are taken in.
 
@@ -68,7 +51,7 @@ class Epochs:
         DataError: weights so small that an epoch may hold no sample.
     """
 
-    def __init__(self, cache: Samples, *, global_batch_size: int, seed: int) -> None:
+    def __init__(self, cache: TokenCache, *, global_batch_size: int, seed: int) -> None:
         self._lengths, self._sources = cache.lengths, cache.sources
         self._weights = [origin.weight for origin in cache.origins]
         # Best-fit decreasing makes as many packs whatever the seed, so that these epochs have as many steps.
@@ -106,3 +89,93 @@ class Epochs:
             )
         plan = plan_packs(self._lengths[ids], self._tokens_per_pack, seed=self._seed, epoch=epoch)
         return PackPlan(ids[plan.sample_ids], plan.offsets)
+
+
+def steps_per_epoch(n_packs: int, global_batch_size: int) -> int:
+    """Steps that take every pack once; the last one may be smaller."""
+    return -(-n_packs // global_batch_size)
+
+
+def packs_of_step(n_packs: int, global_batch_size: int, index: int) -> range:
+    """The packs of step `index` of an epoch."""
+    return range(index * global_batch_size, min((index + 1) * global_batch_size, n_packs))
+
+
+def deal(
+    packs: Sequence[np.ndarray], lengths: np.ndarray, *, dp_rank: int, dp_size: int, micro_batch_multiple: int
+) -> list[np.ndarray]:
+    """The packs of a step that a data-parallel rank takes: samples of each, none in an empty one.
+
+    Args:
+        packs: the samples of each pack of the step.
+        lengths: rows of every sample.
+    """
+    work = [int(np.square(lengths[ids]).sum()) for ids in packs]
+    mine = assign(work, dp_size, micro_batch_multiple)[dp_rank]
+    return [packs[i] if i is not None else packs[0][:0] for i in mine]
+
+
+def assign(work: Sequence[int], dp_size: int, micro_batch_multiple: int) -> list[list[int | None]]:
+    """Deals the packs of a step to the data-parallel ranks.
+
+    Longest first, each to the rank with the least work that still has a place.
+
+    Args:
+        work: for each pack, what it costs beyond the linear part that all share: Σl² of its segments.
+        micro_batch_multiple: of micro-batches, as the pipeline schedule needs it.
+
+    Returns:
+        For each rank as many micro-batches as for any other: an index into `work`, or None for an empty pack.
+    """
+    places = -(-len(work) // (dp_size * micro_batch_multiple)) * micro_batch_multiple
+    ranks: list[list[int | None]] = [[] for _ in range(dp_size)]
+    least = [(0, dp_rank) for dp_rank in range(dp_size)]
+    for pack in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        load, dp_rank = heapq.heappop(least)
+        ranks[dp_rank].append(pack)
+        if len(ranks[dp_rank]) < places:
+            heapq.heappush(least, (load + work[pack], dp_rank))
+    return [packs + [None] * (places - len(packs)) for packs in ranks]
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What a full step of an epoch holds.
+
+    Attributes:
+        packs: in an epoch.
+        steps: in an epoch, a partial one included.
+        utilisation: share of the rows of the packs that are real tokens.
+        samples, tokens, loss_tokens: mean and standard deviation per step.
+    """
+
+    packs: int
+    steps: int
+    utilisation: float
+    samples: tuple[float, float]
+    tokens: tuple[float, float]
+    loss_tokens: tuple[float, float]
+
+
+def step_statistics(
+    plan: PackPlan, lengths: np.ndarray, n_loss: np.ndarray, *, tokens_per_pack: int, global_batch_size: int
+) -> StepStatistics:
+    """Statistics of the full steps of `plan`, or of its only step if that is partial."""
+    n_packs = len(plan)
+    steps = steps_per_epoch(n_packs, global_batch_size)
+    first_packs = np.arange(max(1, n_packs // global_batch_size) + 1) * global_batch_size
+    bounds = plan.offsets[np.minimum(first_packs, n_packs)]
+
+    def spread(per_sample: np.ndarray) -> tuple[float, float]:
+        before = np.concatenate(([0], np.cumsum(per_sample[plan.sample_ids])))
+        per_step = np.diff(before[bounds])
+        return float(per_step.mean()), float(per_step.std())
+
+    return StepStatistics(
+        packs=n_packs,
+        steps=steps,
+        utilisation=float(lengths[plan.sample_ids].sum() / (n_packs * tokens_per_pack)),
+        samples=spread(np.ones_like(lengths)),
+        tokens=spread(lengths),
+        loss_tokens=spread(n_loss),
+    )

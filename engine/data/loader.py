@@ -1,44 +1,37 @@
-"""From a plan to this rank's packs of a step. Owns no tensor's making and not which samples share a pack.
+"""From a plan to this rank's packs of a step. packing.py decides what shares a pack, pack.py builds tensors.
 
-S segments of a pack (samples, then the tail).
+What a reference model gave is handed in by answer id: nothing is scored here. S segments of a pack.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..batch import Column, PackedBatch, StepBatch, Unit
+from ..batch import Column, PackedBatch, StepBatch
+from .answers import Group, mismatch, rows_of
 from .cache import TokenCache
-from .epochs import Epochs, Samples
-from .pack import Piece, build_pack
-from .sampler import assign, packs_of_step
+from .epochs import Epochs, deal, packs_of_step
+from .pack import pack_groups
+from .packing import PackPlan, plan_packs
 
 NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
 
-Sample = tuple[np.ndarray, np.ndarray]  # tokens (L,) of any integer type; learned (L,), 1 where predicted
 
-
-def pack_batch(samples: Sequence[Sample], tokens_per_pack: int, device: torch.device) -> PackedBatch:
-    """One pack of the given samples, in the given order; see `build_pack`. No sample is an empty pack.
-
-    Raises:
-        ValueError: the samples are longer than the pack.
-    """
-    return build_pack([Piece(tokens, learned) for tokens, learned in samples], tokens_per_pack, device)
-
-
-class StepLoader(ABC):
-    """The steps of one data-parallel rank, over any number of epochs; subclasses make the packs.
+class PackLoader:
+    """The steps of one data-parallel rank, over any number of epochs.
 
     A step is a pure function of its number: resuming is asking for it.
 
     Attributes:
         epochs: which packs each epoch holds.
+        reference: float64, by answer id, log-probabilities under the reference model; None before they are known.
+        mismatched_reference: the same for mismatched answers, in the order of steps, and in each step in the
+            order of its answers.
+        needs_mismatched: whether steps have mismatched answers.
 
     Args:
         global_batch_size: packs in a step, over all ranks.
@@ -48,7 +41,7 @@ class StepLoader(ABC):
 
     def __init__(
         self,
-        cache: Samples,
+        cache: TokenCache,
         *,
         global_batch_size: int,
         seed: int,
@@ -58,13 +51,15 @@ class StepLoader(ABC):
         device: torch.device,
     ) -> None:
         self.cache = cache
+        self.reference: np.ndarray | None = None
+        self.mismatched_reference: np.ndarray | None = None
+        self.needs_mismatched = Column.BASELINE in cache.layout.needs
         self._tokens_per_pack = cache.config.tokens_per_pack
         self._global_batch_size = global_batch_size
         self._seed = seed
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._micro_batch_multiple = micro_batch_multiple
+        self._place = {"dp_rank": dp_rank, "dp_size": dp_size, "micro_batch_multiple": micro_batch_multiple}
         self._device = device
+        self._answers_before = [0]  # the first step, the second, … as far as they were asked for
         self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
 
     @property
@@ -74,60 +69,84 @@ class StepLoader(ABC):
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, from 0, over all epochs; tensors of this rank, counts of all."""
-        epoch, index = self.epochs.locate(step)
-        plan = self.epochs.plan(epoch)
-        lengths = self.cache.lengths
-        packs = [plan.pack(i) for i in packs_of_step(len(plan), self._global_batch_size, index)]
-        work = [int(np.square(lengths[ids]).sum()) for ids in packs]
-        mine = assign(work, self._dp_size, self._micro_batch_multiple)[self._dp_rank]
+        packs = self._packs_of(step)
         ids = np.concatenate(packs)
-        shares = [packs[i] if i is not None else ids[:0] for i in mine]
+        shares = deal(packs, self.cache.lengths, **self._place)
         return StepBatch(
-            micro_batches=[self._batch(share) for share in shares],
-            counts=self._counts(ids),
+            micro_batches=[self._pack(share) for share in shares],
+            counts=self.cache.counts(ids),
             n_samples=len(ids),
-            n_tokens=int(lengths[ids].sum()),
+            n_tokens=int(self.cache.lengths[ids].sum()),
             sample_ids=tuple(ids.tolist()),
             pack_samples=[share.tolist() for share in shares],
+            mismatched=self.mismatched(step) if self.needs_mismatched else [],
         )
 
     def pack_of(self, ids: Sequence[int]) -> PackedBatch:
         """A pack of the given samples alone."""
-        return self._batch(np.array(ids, dtype=np.int64))
+        return self._pack(np.array(ids, dtype=np.int64))
 
     def evaluation(self) -> Iterator[StepBatch]:
         """Every sample once, in the order of the first epoch: the same each time."""
         return map(self.step, range(self.epochs.first_step(1)))
 
-    @abstractmethod
-    def _counts(self, ids: np.ndarray) -> dict[Unit, int]:
-        """What losses over these samples are divided by."""
+    def every_answer(self) -> Iterator[list[PackedBatch]]:
+        """This rank's packs of each sample once, whatever the weight of its source, a step's worth at a time."""
+        plan = plan_packs(self.cache.lengths, self._tokens_per_pack, seed=self._seed, epoch=0)
+        for first in range(0, len(plan), self._global_batch_size):
+            step = packs_of_step(len(plan), self._global_batch_size, first // self._global_batch_size)
+            packs = [plan.pack(i) for i in step]
+            yield [self._pack(ids) for ids in deal(packs, self.cache.lengths, **self._place)]
 
-    @abstractmethod
-    def _batch(self, ids: np.ndarray) -> PackedBatch:
-        """The pack of these samples."""
+    def answers_before(self, step: int) -> int:
+        """Answers in all the steps before this one."""
+        while len(self._answers_before) <= step:
+            ids = np.concatenate(self._packs_of(len(self._answers_before) - 1))
+            self._answers_before.append(self._answers_before[-1] + int(self.cache.n_answers[ids].sum()))
+        return self._answers_before[step]
 
+    def mismatched(self, step: int) -> list[PackedBatch]:
+        """This rank's packs of the step's prompts, each with the answers of the one before it in the step.
 
-class PackLoader(StepLoader):
-    """Steps of conversations; see StepLoader."""
+        `ANSWER` counts the answers of all steps.
+        """
+        layout = self.cache.layout
+        ids = np.concatenate(self._packs_of(step))
+        groups = mismatch([self.cache.group(i) for i in ids.tolist()], self._tokens_per_pack, layout)
+        groups = _numbered(groups, self.answers_before(step))
+        rows = np.array([rows_of(group, layout) for group in groups])
+        plan = plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=step)
+        return [
+            self._pack_groups([groups[i] for i in mine], self.mismatched_reference)
+            for mine in deal([plan.pack(i) for i in range(len(plan))], rows, **self._place)
+        ]
 
-    def __init__(self, cache: TokenCache, **options: Any) -> None:
-        super().__init__(cache, **options)
-        self._conversations = cache
+    def _packs_of(self, step: int) -> list[np.ndarray]:
+        """The samples of each pack of a step, over all ranks."""
+        epoch, index = self.epochs.locate(step)
+        plan: PackPlan = self.epochs.plan(epoch)
+        return [plan.pack(i) for i in packs_of_step(len(plan), self._global_batch_size, index)]
 
-    def _counts(self, ids: np.ndarray) -> dict[Unit, int]:
-        return {Unit.TOKEN: int(self._conversations.n_loss[ids].sum()), Unit.SAMPLE: len(ids)}
-
-    def _batch(self, ids: np.ndarray) -> PackedBatch:
-        samples = [self._conversations.sample(id_) for id_ in ids.tolist()]
-        batch = pack_batch(samples, self._tokens_per_pack, self._device)
+    def _pack(self, ids: np.ndarray) -> PackedBatch:
+        groups = [self.cache.group(id_) for id_ in ids.tolist()]
+        pack = self._pack_groups(groups, self.reference)
         if len(self.cache.origins) > 1:
-            batch.columns = {Column.SOURCE: source_column(batch, self.cache.sources[ids], self._device)}
-        return batch
+            sources_S = np.full(len(pack.segments.bounds), NO_SOURCE)
+            of_answers = np.repeat(self.cache.sources[ids], [len(group.answers) for group in groups])
+            sources_S[: len(of_answers)] = of_answers
+            source = torch.from_numpy(sources_S).to(self._device)
+            pack.columns = {**pack.columns, Column.SOURCE: source}
+        return pack
+
+    def _pack_groups(self, groups: Sequence[Group], reference: np.ndarray | None) -> PackedBatch:
+        return pack_groups(groups, self._tokens_per_pack, self._device, self.cache.layout, reference)
 
 
-def source_column(batch: PackedBatch, sources: np.ndarray, device: torch.device) -> torch.Tensor:
-    """int64 (S,): the source of each segment, for the first of them as given, then padding."""
-    sources_S = np.full(len(batch.segments.bounds), NO_SOURCE)
-    sources_S[: len(sources)] = sources
-    return torch.from_numpy(sources_S).to(device)
+def _numbered(groups: list[Group], first: int) -> list[Group]:
+    """The groups with their answers' ids counted from `first`."""
+    numbered = []
+    for group in groups:
+        answers = tuple(replace(answer, id=first + k) for k, answer in enumerate(group.answers))
+        numbered.append(replace(group, answers=answers))
+        first += len(answers)
+    return numbered

@@ -1,10 +1,11 @@
-"""From segments as arrays to the tensors of one pack. Owns rows, keys and padding, not what a segment means.
+"""Prompts with their answers as packs: a prompt computed once, each answer a segment. Owns rows, keys and columns.
 
-T rows of a pack, S segments of it (pieces, then the tail), L rows of a piece.
+T rows of a pack, S segments of it (answers, then padding), N answers, P pairs, R rows with a loss, L rows of a piece.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,9 +15,20 @@ import torch
 
 from paralign.models.segments import Segments
 
-from ..batch import IGNORE, PackedBatch
+from ..batch import IGNORE, Column, Head, PackedBatch
+from .answers import CHATS, Answer, AnswerLayout, Group, chat
 
 TAIL_ROWS = 128  # longest segment of padding: its attention work stays below that of any real pack
+
+
+def pack_chats(
+    samples: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]],
+    tokens_per_pack: int,
+    device: torch.device,
+) -> PackedBatch:
+    """One pack of conversations, each (L,) tokens and (L,) what they count in the loss; see `pack_groups`."""
+    groups = [chat(np.asarray(tokens), np.asarray(weights, dtype=np.float32)) for tokens, weights in samples]
+    return pack_groups(groups, tokens_per_pack, device)
 
 
 @dataclass(frozen=True)
@@ -25,13 +37,13 @@ class Piece:
 
     Attributes:
         tokens: (L,), of any integer type.
-        learned: (L,), 1 where the token is to be predicted from the row before it.
+        weights: float32 (L,), what the token counts, to be predicted from the row before it; 0 is not learned.
         prefix: rows of an earlier segment whose keys come before this one's own: the index of that piece and
             how many of its first rows; positions go on after them. None if the segment stands alone.
     """
 
     tokens: np.ndarray
-    learned: np.ndarray
+    weights: np.ndarray
     prefix: tuple[int, int] | None = None
 
 
@@ -41,7 +53,94 @@ def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def build_pack(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.device) -> PackedBatch:
+def pack_groups(
+    groups: Sequence[Group],
+    tokens_per_pack: int,
+    device: torch.device,
+    layout: AnswerLayout = CHATS,
+    reference: np.ndarray | None = None,
+) -> PackedBatch:
+    """One pack of the given groups, in the given order, padded with short segments; no group is an empty pack.
+
+    With a shared prompt a group is `[p + a | p_last + b | …]`: from the second answer on, the prompt's last
+    token is repeated, so that every row has one label, and the keys are the prompt's and the segment's own.
+
+    Args:
+        reference: (answers in the data set,), log-probabilities under the reference model.
+
+    Raises:
+        ValueError: the groups are longer than the pack.
+    """
+    pieces: list[Piece] = []
+    prompt_rows: list[int] = []  # of each piece: rows before those that predict the answer
+    pairs: list[tuple[int, int]] = []
+    for group in groups:
+        first = len(pieces)
+        n_prompt = len(group.prompt)
+        if Column.PAIR in layout.needs:
+            pairs.append((first, first + 1))
+        for k, answer in enumerate(group.answers):
+            shared = layout.share_prefix and k > 0
+            before = group.prompt[-1:] if shared else group.prompt
+            learned = np.full(len(before), layout.labels_prompts and k == 0, dtype=np.float32)
+            ours = answer.weights
+            if layout.labels_prompts and k == 0:
+                ours = np.ones(len(answer.tokens), dtype=np.float32)
+            pieces.append(
+                Piece(
+                    np.concatenate((before, answer.tokens)),
+                    np.concatenate((learned, ours)),
+                    (first, n_prompt - 1) if shared else None,
+                )
+            )
+            prompt_rows.append(len(before) - 1)
+    pack = _build(pieces, tokens_per_pack, device)
+    answers = [answer for group in groups for answer in group.answers]
+    n_segments = len(pack.segments.bounds)
+
+    def per_segment(values: Sequence[float] | np.ndarray, tail: float, dtype: str) -> torch.Tensor:
+        filled = np.full(n_segments, tail, dtype=dtype)
+        filled[: len(values)] = values
+        return send(filled, device)
+
+    ids = [answer.id for answer in answers]
+    columns = {
+        Column.ANSWER: per_segment(ids, -1, "int64"),
+        Column.ANSWERS: send(np.arange(len(answers)), device),
+    }
+    if Column.PAIR in layout.needs:
+        columns[Column.PAIR] = send(np.array(pairs, dtype=np.int64).reshape(-1, 2), device)
+    if Column.MARGIN in layout.needs:
+        columns[Column.MARGIN] = send(np.array([g.margin for g in groups], dtype=np.float32), device)
+    if Column.DESIRABLE in layout.needs:
+        columns[Column.DESIRABLE] = per_segment([a.desirable for a in answers], False, "bool")
+    if Column.SCORE in layout.needs:
+        columns[Column.SCORE] = per_segment([a.score for a in answers], math.nan, "float32")
+    if reference is not None:
+        columns[Column.REF_LOGPROB] = per_segment(reference[ids], 0.0, "float64")
+    if layout.labels_prompts:
+        columns[Column.IN_ANSWER] = _rows_of_answers(pack, answers, prompt_rows, device)
+    if layout.head is Head.SCALAR:
+        ends = np.array([end for _, end, _, _ in pack.segments.bounds[: len(answers)]], dtype=np.int64)
+        pack.labels_T.fill_(IGNORE)
+        pack.weights_T.zero_()
+        pack.loss_rows = send(ends - 1, device)
+    pack.columns = columns
+    return pack
+
+
+def _rows_of_answers(
+    pack: PackedBatch, answers: Sequence[Answer], prompt_rows: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """bool (R,): the loss rows whose label is a learned token of an answer."""
+    inside_T = np.zeros(pack.tokens_T.shape[0], dtype=bool)
+    for answer, (start, _, _, _), before in zip(answers, pack.segments.bounds, prompt_rows):
+        rows = slice(start + before, start + before + len(answer.weights))
+        inside_T[rows] = answer.weights > 0
+    return send(inside_T, device).index_select(0, pack.loss_rows)
+
+
+def _build(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.device) -> PackedBatch:
     """One pack of the given pieces, in the given order, padded with short segments of token 0.
 
     Row i is to predict token i+1 of its own piece, if that is to be learned. No piece is an empty pack.
@@ -54,10 +153,10 @@ def build_pack(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.devi
     if n_real > tokens_per_pack:
         raise ValueError(f"segments of {n_real} tokens do not fit a pack of {tokens_per_pack}")
     tokens_T = np.zeros(tokens_per_pack, dtype=np.int64)
-    learned_T = np.zeros(tokens_per_pack, dtype=bool)
+    counts_T = np.zeros(tokens_per_pack, dtype=np.float32)  # what each row's own token counts
     if pieces:
         np.concatenate([piece.tokens for piece in pieces], out=tokens_T[:n_real], casting="unsafe")
-        np.concatenate([piece.learned for piece in pieces], out=learned_T[:n_real], casting="unsafe")
+        np.concatenate([piece.weights for piece in pieces], out=counts_T[:n_real], casting="unsafe")
 
     n_tail = tokens_per_pack - n_real
     tail = [TAIL_ROWS] * (n_tail // TAIL_ROWS) + ([n_tail % TAIL_ROWS] if n_tail % TAIL_ROWS else [])
@@ -66,11 +165,13 @@ def build_pack(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.devi
     rows_S = np.array(lengths + tail)
     cu_rows = np.concatenate(([0], np.cumsum(rows_S)))
     starts = cu_rows[:-1]
-    learned_T[starts] = False  # the first token of a segment has nothing before it
+    counts_T[starts] = 0  # the first token of a segment has nothing before it
 
     labels_T = np.full(tokens_per_pack, IGNORE, dtype=np.int64)
-    loss_rows = np.flatnonzero(learned_T) - 1
+    weights_T = np.zeros(tokens_per_pack, dtype=np.float32)
+    loss_rows = np.flatnonzero(counts_T) - 1
     labels_T[loss_rows] = tokens_T[loss_rows + 1]
+    weights_T[loss_rows] = counts_T[loss_rows + 1]
 
     cu_keys, kv_index = cu_rows, None
     if shared_S.any():
@@ -95,4 +196,10 @@ def build_pack(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.devi
             (*rows, *keys) for rows, keys in zip(pairwise(cu_rows.tolist()), pairwise(cu_keys.tolist()))
         ),
     )
-    return PackedBatch(send(tokens_T, device), send(labels_T, device), send(loss_rows, device), segments)
+    return PackedBatch(
+        send(tokens_T, device),
+        send(labels_T, device),
+        send(loss_rows, device),
+        send(weights_T, device),
+        segments,
+    )

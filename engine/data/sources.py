@@ -10,8 +10,7 @@ from paralign.models.errors import DataError
 
 from .config import SourceConfig
 from .conversation import REQUIRED, RecordFormat, detect_format, rename
-from .record import Record
-from .tables import is_table, table_files, table_records
+from .tables import Record, is_table, table_files, table_records
 
 _SPACE = " \t\r\n"
 

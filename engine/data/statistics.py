@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .answer_cache import AnswerCache
 from .cache import TokenCache
 from .epochs import Epochs
 
@@ -98,9 +97,7 @@ class SetStatistics:
         return Group(Text(f"── {self.name}"), table, Text("\n".join(lines) + "\n"))
 
 
-def set_statistics(
-    name: str, cache: TokenCache | AnswerCache, *, global_batch_size: int, seed: int
-) -> SetStatistics:
+def set_statistics(name: str, cache: TokenCache, *, global_batch_size: int, seed: int) -> SetStatistics:
     """Counts a set, packed as its first epoch will be; see `Epochs`. A prompt with its answers is one sample."""
     epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
     plan = epochs.plan(0)

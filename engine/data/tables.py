@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of saved `datasets` folders. Owns Arrow, not what rows mean.
+"""Records, and rows of Parquet files and of saved `datasets` folders as such. Owns Arrow, not what rows mean.
 
 A folder is one that `Dataset.save_to_disk` wrote: state.json and Arrow files. pyarrow alone reads it.
 """
@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import DataError
 
-from .record import Record
-
 if TYPE_CHECKING:  # a recipe of JSON files must not wait for pyarrow
     import pyarrow as pa
 
 ROWS_PER_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record and where it stands.
+
+    Attributes:
+        line: it begins at, from 1; of a table, its row.
+        content: JSON as text or as UTF-8, not yet decoded; of a table, the row.
+        n_bytes: its share of the file.
+    """
+
+    line: int
+    content: str | bytes | dict[str, Any]
+    n_bytes: int
 
 
 def is_table(path: Path) -> bool:

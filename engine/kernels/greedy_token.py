@@ -19,7 +19,7 @@ def greedy_token(
     *,
     vocab_size: int,
     group: Any = None,
-    row_gradient: float | None = None,
+    row_gradient: Tensor | None = None,
 ) -> Tensor:
     """argmax h Wᵀ over the whole vocabulary, the smallest id among equals.
 

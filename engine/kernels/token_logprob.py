@@ -74,17 +74,17 @@ def token_logprob(
     *,
     vocab_size: int,
     group: Any = None,
-    row_gradient: float | None = None,
+    row_gradient: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """The log-probabilities of `token_statistics` alone: float32 (R,).
 
     Args:
-        row_gradient: what the backward pass will bring for every row, where that is known beforehand: −1/N for a
-            mean negative log-likelihood over N rows. Logits that do not fit the workspace then give their gradients
-            at once, chunk by chunk, and are not computed again: three matmuls where it takes four. The weight's
-            is added to its `main_grad` in the forward pass; a weight without one, and a forward pass without
-            gradient, make no use of this.
+        row_gradient: float32 (R,), what the backward pass will bring for each row, where that is known beforehand:
+            −w/Σw for a mean negative log-likelihood with weights w. Logits that do not fit the workspace then give
+            their gradients at once, chunk by chunk, and are not computed again: three matmuls where it takes four.
+            The weight's is added to its `main_grad` in the forward pass; a weight without one, and a forward pass
+            without gradient, make no use of this.
 
     Raises:
         ValueError: as `token_statistics`; or the backward pass brings another gradient (on CUDA the gradient of the
@@ -327,7 +327,7 @@ class _KnownRowGradient(torch.autograd.Function):
         hidden_RH: Tensor,
         weight_VH: Any,
         labels_R: Tensor,
-        row_gradient: float,
+        row_gradient_R: Tensor,
         vocab_size: int,
         group: Any,
         workspace_bytes: int,
@@ -350,23 +350,22 @@ class _KnownRowGradient(torch.autograd.Function):
             logprobs.append(label - log_sum)
             if real > 0:
                 rows_R7 = torch.zeros_like(partials_R7)
-                rows_R7[:, 0], rows_R7[:, 1] = log_sum, row_gradient
+                rows_R7[:, 0], rows_R7[:, 1] = log_sum, row_gradient_R[rows]
                 vocab_gradient_(logits, labels, rows_R7, chosen, chosen.float(), first)
                 grad_hidden[rows] = logits @ real_weight
                 accumulate(hidden, logits, weight_VH.main_grad[:real])
-        ctx.save_for_backward(grad_hidden)
-        ctx.weight, ctx.row_gradient = weight_VH, row_gradient
+        ctx.save_for_backward(grad_hidden, row_gradient_R)
+        ctx.weight = weight_VH
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (grad_hidden,) = ctx.saved_tensors
-        known_R = torch.full_like(grad_R, ctx.row_gradient)
+        grad_hidden, known_R = ctx.saved_tensors[0], ctx.saved_tensors[1].to(grad_R.dtype)
         agrees = torch.isclose(grad_R, known_R, rtol=1e-5, atol=0.0)
         if not grad_R.is_cuda and not agrees.all():
             row = int(agrees.logical_not().nonzero()[0])
             raise ValueError(
-                f"token_logprob: row_gradient was given as {ctx.row_gradient}, and the backward pass brought "
+                f"token_logprob: row_gradient was given as {known_R[row].item()}, and the backward pass brought "
                 f"{grad_R[row].item()} for row {row}; give none for a loss that is no such sum"
             )
         grad_hidden = torch.where(agrees[:, None], grad_hidden, torch.nan)

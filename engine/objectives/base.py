@@ -43,9 +43,9 @@ class Objective(Protocol):
 
 @runtime_checkable
 class KnownRowGradient(Protocol):
-    """An objective whose loss is one number times the sum of what the head gave."""
+    """An objective whose loss is one number times the sum of what the head gave, each row by its token's weight."""
 
-    def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:
+    def row_gradient(self, counts: Mapping[Unit, float]) -> float | None:
         """That number, with the loss divided by its count; None if it is not known after all."""
         ...
 

@@ -15,7 +15,7 @@ from .base import KnownRowGradient, Objective, means
 
 
 class BySource:
-    """An objective over log-probabilities, and `loss/NAME`: the loss per token of the samples of each source.
+    """An objective over log-probabilities, and `loss/NAME`: the weighted loss per token of each source's samples.
 
     Args:
         objective: what is learned; its head gives log-probabilities.
@@ -35,7 +35,7 @@ class BySource:
         inner = self._objective.loss(out, batch)
         return LossSum(inner.totals, torch.cat((inner.metrics, self._by_source(out.detach(), batch))))
 
-    def row_gradient(self, counts: Mapping[Unit, int]) -> float | None:
+    def row_gradient(self, counts: Mapping[Unit, float]) -> float | None:
         """The objective's own; see KnownRowGradient."""
         return self._objective.row_gradient(counts) if isinstance(self._objective, KnownRowGradient) else None
 
@@ -55,5 +55,6 @@ class BySource:
         source_R = source_S.repeat_interleave(rows_S, output_size=out_T.shape[0])[batch.loss_rows]
         curve_R = torch.tensor(self._curve_of, device=out_T.device)[source_R]
         is_of_CR = torch.arange(len(self._curves), device=out_T.device)[:, None] == curve_R
+        weight_CR = is_of_CR * batch.weights_R.double()
         loss_R = -out_T.index_select(0, batch.loss_rows).double()
-        return torch.stack(((is_of_CR * loss_R).sum(1), is_of_CR.sum(1).double()), dim=1)
+        return torch.stack(((weight_CR * loss_R).sum(1), weight_CR.sum(1)), dim=1)

@@ -22,7 +22,7 @@ class SFTConfig(Section):
 
 
 class SFT:
-    """−Σ log p(label), averaged over the loss tokens of the whole step: every token counts the same."""
+    """−Σ w log p(label) / Σ w over the loss tokens of the whole step; w is 1 where data say no other."""
 
     needs: frozenset[Column] = frozenset()
     head = Head.LM
@@ -33,12 +33,12 @@ class SFT:
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
-        total = -out.sum()
+        total = -(out * batch.weights_T).sum()
         return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
 
-    def row_gradient(self, counts: Mapping[Unit, int]) -> float:
+    def row_gradient(self, counts: Mapping[Unit, float]) -> float:
         """See KnownRowGradient."""
-        return -1 / max(1, counts[Unit.TOKEN])
+        return -1 / (counts[Unit.TOKEN] or 1)
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """Nothing but the loss."""

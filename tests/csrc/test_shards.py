@@ -132,7 +132,7 @@ def test_gradients_known_beforehand_equal_the_whole(on_ranks: Callable) -> None:
         own, shard = hidden.clone().requires_grad_(), shard_of(weight, group.rank())
         logprobs = token_logprob(
             *(own, shard, labels),
-            **{"vocab_size": VOCABULARY, "group": group, "row_gradient": -0.125},
+            **{"vocab_size": VOCABULARY, "group": group, "row_gradient": torch.full(labels.shape, -0.125)},
             workspace_bytes=2 * COLUMNS * 4,
         )
         (-0.125 * logprobs.sum()).backward()

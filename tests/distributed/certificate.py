@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paralign.engine.batch import PackedBatch, StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
@@ -64,7 +64,7 @@ def step_batch(case: Case, mesh: Mesh) -> StepBatch:
     share = len(case.plan.packs) // mesh.layout.dp
     mine = case.plan.packs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
     packs: list[PackedBatch] = [
-        pack_batch([case.samples[i] for i in ids], case.plan.tokens_per_pack, mesh.device) for ids in mine
+        pack_chats([case.samples[i] for i in ids], case.plan.tokens_per_pack, mesh.device) for ids in mine
     ]
     return StepBatch(
         micro_batches=packs,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from paralign.engine.batch import Column, Head, PackedBatch, StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
-from paralign.engine.data.answers import AnswerLayout, Group, counted_tokens, mismatch, rows_of
-from paralign.engine.data.pairs import pack_answers
+from paralign.engine.data.answers import AnswerLayout, Group, mismatch, rows_of
+from paralign.engine.data.pack import pack_groups
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
@@ -119,13 +119,20 @@ def preference_step(
         counts={
             Unit.PAIR: len(case.groups),
             Unit.SAMPLE: sum(len(group.answers) for group in case.groups),
-            Unit.TOKEN: sum(counted_tokens(group, layout) for group in case.groups),
+            Unit.TOKEN: sum(_counted(group, layout) for group in case.groups),
         },
         n_samples=len(case.groups),
         n_tokens=0,
         sample_ids=(),
         mismatched=mismatched,
     )
+
+
+def _counted(group: Group, layout: AnswerLayout) -> int:
+    """Tokens that a likelihood of the first answer is averaged over, and its prompt's where they are learned."""
+    if layout.labels_prompts:
+        return len(group.prompt) + len(group.answers[0].tokens) - 1
+    return int(np.count_nonzero(group.answers[0].weights))
 
 
 def step_order(case: PreferenceCase) -> list[Group]:
@@ -154,7 +161,7 @@ def _share(
 ) -> list[PackedBatch]:
     share = len(packs) // mesh.layout.dp
     return [
-        pack_answers([groups[i] for i in pack], case.plan.tokens_per_pack, mesh.device, layout, ref)
+        pack_groups([groups[i] for i in pack], case.plan.tokens_per_pack, mesh.device, layout, ref)
         for pack in packs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
     ]
 

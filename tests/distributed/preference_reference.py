@@ -32,7 +32,7 @@ def make_pairs(n: int = 13, *, seed: int = 5) -> list[Group]:
         answers = []
         for k in range(2):
             tokens = draw.integers(0, 251, draw.integers(1, 4) if (i + k) % 3 == 0 else draw.integers(4, 45))
-            learned = np.ones(len(tokens), dtype=bool)
+            learned = np.ones(len(tokens), dtype=np.float32)
             learned[-1] = len(tokens) < 3 or i % 4 != 1  # what a template puts after the stop is not learned
             score = float(draw.uniform(-1, 1)) if scored else math.nan
             answers.append(Answer(tokens, learned, id=2 * i + k, score=score))
@@ -105,7 +105,7 @@ def sequence(prompt: np.ndarray, answer: Answer) -> tuple[Tensor, Tensor]:
     """Token ids and labels of a prompt with one answer."""
     ids = torch.tensor(np.concatenate((prompt, answer.tokens)))
     labels = torch.full_like(ids, -100)
-    learned = torch.tensor(answer.learned)
+    learned = torch.tensor(answer.weights > 0)
     labels[len(prompt) :] = torch.where(learned, ids[len(prompt) :], -100)
     return ids, labels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models.baichuan2_reference import BaichuanConfig, BaichuanForCausalLM
 
-Sample = tuple[list[int], list[bool]]  # tokens, and which of them are learned
+Sample = tuple[list[int], Sequence[float]]  # tokens, and what each counts in the loss; 0 is not learned
 
 LR, WEIGHT_DECAY, CLIP, STEPS = 1e-3, 0.1, 1.0, 3
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -93,15 +93,15 @@ class Reference:
 
 
 def loss_of(model: Any, samples: Sequence[Sample], *, backward: bool) -> float:
-    """Mean negative log-likelihood over all learned tokens of all samples."""
+    """Mean negative log-likelihood over all learned tokens of all samples, each by its weight."""
     count = sum(sum(mask[1:]) for _, mask in samples)
     total = 0.0
     for tokens, mask in samples:
         ids = torch.tensor(tokens)
-        labels = torch.where(torch.tensor(mask), ids, -100)[1:]
+        weights = torch.tensor(mask, dtype=torch.float32)[1:]
         with torch.set_grad_enabled(backward):
             logits = model(input_ids=ids[None]).logits[0, :-1]
-            loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
+            loss = (F.cross_entropy(logits, ids[1:], reduction="none") * weights).sum() / count
             if backward:
                 loss.backward()
         total += loss.item()

@@ -105,6 +105,14 @@ def _lopsided() -> list[Sample]:
     ]
 
 
+def _weighted() -> list[Sample]:
+    """Learned tokens count between 0.0005 and 0.0025 each."""
+    return [
+        (tokens, [0.0005 * (1 + (position + i) % 5) * learned for position, learned in enumerate(mask)])
+        for i, (tokens, mask) in enumerate(SAMPLES)
+    ]
+
+
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Path of the reference of a family on a sample set; each is computed once."""
@@ -113,7 +121,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     def make(family: str, samples: str = "plain") -> Path:
         path = folder / f"{family}-{samples}.pt"
         if not path.exists():
-            torch.save(make_reference(family, {"plain": SAMPLES, "lopsided": _lopsided()}[samples]), path)
+            sets = {"plain": SAMPLES, "lopsided": _lopsided(), "weighted": _weighted()}
+            torch.save(make_reference(family, sets[samples]), path)
         return path
 
     return make
@@ -163,6 +172,18 @@ def test_very_unequal_loss_tokens(
     plan = Plan("lopsided", 256, tuple(map(tuple, packs)))
     case = Case(world_size, keys, model, references("llama", "lopsided"), samples, plan)
     _check(case, f"{layout} | llama | ranks with very unequal loss tokens", ranks, certificate_table)
+
+
+def test_weights_of_tokens(
+    ranks: RankPool, references: Callable[..., Path], certificate_table: list[tuple[str, Row]]
+) -> None:
+    """Fractions that add up to less than 1: the mean is over weights."""
+    samples = _weighted()
+    assert 0 < sum(sum(weights[1:]) for _, weights in samples) < 1
+    world_size, keys, model = LAYOUTS["TP2×PP2×DP2+SP"]
+    plan = PLANS["8 packs of 96, interleaved"]
+    case = Case(world_size, keys, model, references("llama", "weighted"), samples, plan)
+    _check(case, "TP2×PP2×DP2+SP | llama | weights of tokens", ranks, certificate_table)
 
 
 def test_head_alone_in_its_bucket(

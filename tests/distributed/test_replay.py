@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from paralign.engine.check import check
-from paralign.engine.data.epochs import Epochs
-from paralign.engine.data.sampler import packs_of_step
+from paralign.engine.data.epochs import Epochs, packs_of_step
 from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.rank import train
 from paralign.engine.recipe import load

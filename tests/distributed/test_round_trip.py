@@ -15,7 +15,7 @@ from paralign.engine.batch import Column, LossSum, PackedBatch, StepBatch, Unit
 from paralign.engine.build import build_chunks, load_weights, transformer_config
 from paralign.engine.checkpoint.export import export_hf
 from paralign.engine.checkpoint.hf import Assets, HFReader
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
@@ -68,7 +68,7 @@ def round_trip(
         config = transformer_config(reader.arch, layout, model)
         chunks = build_chunks(config, reader.arch, mesh, choose_parts())
         load_weights(chunks, reader.arch, mesh, reader.read if mesh.dp_rank == 0 else _never)
-        real, empty = (pack_batch(samples, ROWS, mesh.device) for samples in (SAMPLES, []))
+        real, empty = (pack_chats(samples, ROWS, mesh.device) for samples in (SAMPLES, []))
         packs = [real if mesh.dp_rank == 0 else empty, empty]
         batch = StepBatch(packs, {Unit.TOKEN: 1}, n_samples=1, n_tokens=1, sample_ids=())
         sums = run_step(chunks, batch, EachRow(), mesh, train=False)

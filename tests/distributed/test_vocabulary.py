@@ -19,6 +19,7 @@ from paralign.engine.kernels.token_logprob import (
 from .pool import RankPool
 
 VOCABULARY, HIDDEN, ROWS, K = 23, 8, 6, 5
+BY_ROW = torch.tensor([-0.5, -0.25, 0.0, -0.5, -1.0, -0.125], dtype=torch.float64)
 
 
 def _inputs() -> tuple[Tensor, Tensor, Tensor, TopK, Tensor]:
@@ -69,7 +70,7 @@ def test_shards_equal_the_whole(world_size: int, columns: int, ranks: RankPool) 
 
 
 def known_on_ranks(rank: int, world_size: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, and gradients of half their negative sum, made in the forward pass."""
+    """Log-probabilities, and gradients of a weighted sum of them, made in the forward pass."""
     hidden, weight, labels, _, _ = _inputs()
     padded = torch.zeros(columns * world_size, HIDDEN, dtype=torch.float64)
     padded[:VOCABULARY] = weight
@@ -78,11 +79,11 @@ def known_on_ranks(rank: int, world_size: int, columns: int) -> tuple[Tensor, Te
     hidden.requires_grad_()
     logprobs = token_logprob(
         *(hidden, shard, labels),
-        **{"vocab_size": VOCABULARY, "group": dist.group.WORLD, "row_gradient": -0.5},
+        **{"vocab_size": VOCABULARY, "group": dist.group.WORLD, "row_gradient": BY_ROW},
         workspace_bytes=2 * columns * 8,
     )
     made = shard.main_grad.clone()
-    (-0.5 * logprobs.sum()).backward()
+    (BY_ROW * logprobs).sum().backward()
     assert torch.equal(made, shard.main_grad)
     assert hidden.grad is not None
     dist.all_reduce(hidden.grad)
@@ -95,7 +96,7 @@ def test_gradients_known_beforehand_over_shards(world_size: int, columns: int, r
     hidden.requires_grad_()
     weight.requires_grad_()
     expected = token_statistics_ref(hidden, weight, labels).logprob_R
-    (-0.5 * expected.sum()).backward()
+    (BY_ROW * expected).sum().backward()
     results = ranks.run(world_size, known_on_ranks, columns)
     for logprobs, hidden_gradient, _ in results:
         torch.testing.assert_close(logprobs, expected.detach())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paralign.engine.data.loader import pack_batch
+from paralign.engine.data.pack import pack_chats
 from paralign.models import arch_from_hf
 from paralign.models import attention as module
 from paralign.models.attention import (
@@ -62,7 +62,7 @@ def test_rotary_table_equals_transformers(scaled: bool) -> None:
 def test_a_segment_sees_itself_and_nothing_else() -> None:
     torch.manual_seed(0)
     samples = [([1] * length, [True] * length) for length in (5, 1, 9)]
-    segments = pack_batch(samples, 20, torch.device("cpu")).segments
+    segments = pack_chats(samples, 20, torch.device("cpu")).segments
     q, k, v = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
     out = sdpa_attention(q, k, v, segments, 0.3)
     for start, end in ((0, 5), (5, 6), (6, 15)):
@@ -147,7 +147,7 @@ def test_a_kernel_that_does_not_serve_is_refused(
 def test_flash_attn_is_called_with_our_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is replaced by its documented meaning, written out; the real one needs a GPU."""
     torch.manual_seed(0)
-    segments = pack_batch([([1] * n, [True] * n) for n in (5, 9)], 14, CPU).segments
+    segments = pack_chats([([1] * n, [True] * n) for n in (5, 9)], 14, CPU).segments
     q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
 
     def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, alibi_slopes, deterministic):

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from paralign.engine.batch import Column, Head, Unit
-from paralign.engine.data.answer_cache import AnswerCache
-from paralign.engine.data.answer_loader import AnswerLoader
 from paralign.engine.data.answers import AnswerLayout
-from paralign.engine.data.cache import build
+from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
+from paralign.engine.data.loader import PackLoader
 from paralign.engine.data.preference import Kind
 from paralign.models.errors import DataError
 
@@ -31,7 +30,7 @@ def _pair(i: int, **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def open_cache(
     tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]
-) -> Callable[..., AnswerCache]:
+) -> Callable[..., TokenCache]:
     """Opens records as answers; `changes` are keys of the data section."""
 
     def opened(
@@ -39,7 +38,7 @@ def open_cache(
         layout: AnswerLayout = PAIRS,
         score_range: tuple[float, float] | None = None,
         **changes: Any,
-    ) -> AnswerCache:
+    ) -> TokenCache:
         section = {
             "train": write_jsonl("answers.jsonl", records),
             "chat_template": "chatml",
@@ -50,26 +49,25 @@ def open_cache(
         }
         config = DataConfig(**(section | changes))
         kind = Kind.PAIRS if Column.PAIR in layout.needs else Kind.LABELLED
-        directory, sources = build(config, config.train, tokenizer_dir, kind, progress=False)
-        return AnswerCache.open(directory, sources, config, layout, score_range)
+        return build_or_open(config, config.train, tokenizer_dir, kind, layout, score_range, progress=False)
 
     return opened
 
 
-def test_a_pair_is_a_prompt_with_two_answers(open_cache: Callable[..., AnswerCache]) -> None:
+def test_a_pair_is_a_prompt_with_two_answers(open_cache: Callable[..., TokenCache]) -> None:
     cache = open_cache([_pair(i) for i in range(3)])
     assert len(cache) == 3
     group = cache.group(1)
     chosen, rejected = group.answers
     assert (chosen.id, rejected.id) == (2, 3)
-    assert chosen.learned[0]
-    assert rejected.learned[0]
+    assert chosen.weights[0]
+    assert rejected.weights[0]
     assert len(group.prompt) > 3
     rows = len(group.prompt) + len(chosen.tokens) + 1 + len(rejected.tokens)
     assert cache.lengths[1] == rows
-    assert cache.n_loss[1] == chosen.learned.sum() + rejected.learned.sum()
+    assert cache.n_loss[1] == chosen.weights.sum() + rejected.weights.sum()
     assert cache.counts(np.array([0, 1])) == {
-        Unit.TOKEN: int(cache.group(0).answers[0].learned.sum() + chosen.learned.sum()),
+        Unit.TOKEN: int(cache.group(0).answers[0].weights.sum() + chosen.weights.sum()),
         Unit.SAMPLE: 4,
         Unit.PAIR: 2,
     }
@@ -79,7 +77,7 @@ def test_a_pair_is_a_prompt_with_two_answers(open_cache: Callable[..., AnswerCac
 
 
 def test_answers_to_one_prompt_are_grouped_as_far_as_a_pack_holds_them(
-    open_cache: Callable[..., AnswerCache],
+    open_cache: Callable[..., TokenCache],
 ) -> None:
     records = [
         {"prompt": f"hello {i % 2}", "completion": "fine " * (i + 1), "label": i % 3 == 0} for i in range(6)
@@ -94,7 +92,7 @@ def test_answers_to_one_prompt_are_grouped_as_far_as_a_pack_holds_them(
 
 
 def test_pairs_longer_than_a_pack_are_dropped_and_counted_or_refused(
-    open_cache: Callable[..., AnswerCache],
+    open_cache: Callable[..., TokenCache],
 ) -> None:
     records = [_pair(0), _pair(60), _pair(1)]
     cache = open_cache(records)
@@ -102,12 +100,12 @@ def test_pairs_longer_than_a_pack_are_dropped_and_counted_or_refused(
     assert cache.n_dropped == 1
     assert [cache.place(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]
     with pytest.raises(
-        DataError, match=r"answers.jsonl:2: [\d,]+ rows .*tokens_per_pack is 200 and 1 longer"
+        DataError, match=r"answers.jsonl:2: [\d,]+ rows .*tokens_per_pack is 200 and 1 sample is longer"
     ):
         open_cache(records, too_long="error")
 
 
-def test_bad_records_are_refused_or_counted(open_cache: Callable[..., AnswerCache]) -> None:
+def test_bad_records_are_refused_or_counted(open_cache: Callable[..., TokenCache]) -> None:
     records = [_pair(0), _pair(1, rejected=_pair(1)["chosen"]), _pair(2, chosen=""), _pair(3)]
     with pytest.raises(DataError, match=r"answers.jsonl:2: chosen and rejected are equal"):
         open_cache(records)
@@ -117,7 +115,7 @@ def test_bad_records_are_refused_or_counted(open_cache: Callable[..., AnswerCach
     assert "answers.jsonl:2: chosen and rejected are equal" in cache.first_bad
 
 
-def test_scores_are_normalised_from_their_stated_range(open_cache: Callable[..., AnswerCache]) -> None:
+def test_scores_are_normalised_from_their_stated_range(open_cache: Callable[..., TokenCache]) -> None:
     records = [_pair(0, chosen_score=5, rejected_score=2), _pair(1)]
     cache = open_cache(records, score_range=(1, 5))
     assert [answer.score for answer in cache.group(0).answers] == [1.0, -0.5]
@@ -127,7 +125,7 @@ def test_scores_are_normalised_from_their_stated_range(open_cache: Callable[...,
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_labels_of_one_kind_are_refused(open_cache: Callable[..., AnswerCache], label: bool) -> None:
+def test_labels_of_one_kind_are_refused(open_cache: Callable[..., TokenCache], label: bool) -> None:
     records = [{"prompt": "hello", "completion": f"fine {i}", "label": label} for i in range(3)]
     with pytest.raises(
         DataError, match=f"every label is {str(label).lower()}; expected good answers and bad"
@@ -136,7 +134,7 @@ def test_labels_of_one_kind_are_refused(open_cache: Callable[..., AnswerCache], 
 
 
 def test_every_rank_together_has_each_answer_once_and_each_mismatched_answer(
-    open_cache: Callable[..., AnswerCache],
+    open_cache: Callable[..., TokenCache],
 ) -> None:
     records = [
         {"prompt": f"hello {i % 7}", "completion": "fine " * (i % 5 + 1) + str(i), "label": i % 3 == 0}
@@ -144,7 +142,7 @@ def test_every_rank_together_has_each_answer_once_and_each_mismatched_answer(
     ]
     cache = open_cache(records, LABELLED, tokens_per_pack=80)
     loaders = [
-        AnswerLoader(
+        PackLoader(
             cache,
             global_batch_size=2,
             seed=1,

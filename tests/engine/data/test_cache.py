@@ -1,4 +1,5 @@
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paralign.engine.data import cache as cache_module
 from paralign.engine.data import encode as encode_module
-from paralign.engine.data.cache import TokenCache, build_or_open, cache_directory, stop_token
+from paralign.engine.data import token_files
+from paralign.engine.data.cache import TokenCache, build_or_open, stop_token
 from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
 from paralign.engine.data.render import Renderer, template_text
+from paralign.engine.data.token_files import cache_directory
 from paralign.engine.stop import Stop
 from paralign.models.errors import DataError
 
@@ -43,9 +45,9 @@ def test_the_cache_holds_what_the_renderer_makes(tokenizer_dir: Path, write_json
     assert len(cache) == 3
     for i, record in enumerate(RECORDS):
         expected = renderer(read_record(record, "messages", ""))
-        tokens, learned = cache.sample(i)
+        tokens, weights = cache.group(i).whole()
         assert np.array_equal(tokens, expected.tokens)
-        assert np.array_equal(learned, expected.learned)
+        assert np.array_equal(weights, expected.learned)
         assert cache.n_loss[i] == expected.learned.sum()
     assert cache.place(1) == f"{files[0]}:2"
     assert cache.place(2) == f"{files[1]}:1"
@@ -73,12 +75,29 @@ def test_tokens_are_made_once_for_a_content_whatever_the_pack(
     def refuse(*_: object) -> Iterator[None]:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(cache_module, "encode_sources", refuse)
+    monkeypatch.setattr(token_files, "encode_sources", refuse)
     moved = path.rename(path.with_name("moved.jsonl"))
     second = build(data_config(moved, tokens_per_pack=500, workers=3), tokenizer_dir)
     assert second.directory == first.directory
     assert second.place(0) == f"{moved}:1"
     assert second.fingerprint != first.fingerprint
+
+
+def test_what_running_jobs_were_saved_with_stays(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, capsys: pytest.CaptureFixture[str]
+):
+    """The fingerprint of the same samples in the same packs, as 40ec5b1 made it; its caches are made anew."""
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512, too_long="drop")
+    directory = cache_directory(config, config.train, tokenizer_dir)
+    key = directory.name.removesuffix(".v3")
+    (config.cache_dir / key).mkdir(parents=True)
+    cache = build_or_open(config, config.train, tokenizer_dir, progress=True)
+    assert cache.directory == directory
+    assert (
+        f"{config.cache_dir / key}: tokens in an older form, not read; made anew" in capsys.readouterr().err
+    )
+    as_before = f"{key} 512 drop error [1.0]"
+    assert cache.fingerprint == hashlib.sha256(as_before.encode()).hexdigest()[:32]
 
 
 def test_whatever_changes_the_tokens_changes_the_key(
@@ -123,9 +142,9 @@ def test_a_sample_longer_than_a_pack_is_refused_dropped_or_cut(
 
     cut = build(data_config(path, too_long="truncate"), tokenizer_dir)
     assert (len(cut), cut.n_dropped, cut.n_truncated) == (3, 0, 1)
-    tokens, learned = cut.sample(1)
+    tokens, weights = cut.group(1).whole()
     assert len(tokens) == cut.lengths[1] == 64
-    assert 0 < cut.n_loss[1] == learned.sum() < 64
+    assert 0 < cut.n_loss[1] == cut.token_weights[1] == weights.sum() < 64
     assert cut.fingerprint != dropped.fingerprint
 
 
@@ -177,14 +196,14 @@ def test_of_two_builders_the_first_to_end_wins(
     tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
 ):
     config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
-    write = cache_module._write
+    write = token_files._write
 
     def overtaken(*arguments: object) -> None:
         write(*arguments)
-        monkeypatch.setattr(cache_module, "_write", write)
+        monkeypatch.setattr(token_files, "_write", write)
         build(config, tokenizer_dir)
 
-    monkeypatch.setattr(cache_module, "_write", overtaken)
+    monkeypatch.setattr(token_files, "_write", overtaken)
     assert len(build(config, tokenizer_dir)) == 3
     assert len(list(config.cache_dir.iterdir())) == 1
 

@@ -9,8 +9,8 @@ import torch
 from paralign.engine.batch import IGNORE, Column, PackedBatch, Unit
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
-from paralign.engine.data.loader import NO_SOURCE, PackLoader, pack_batch
-from paralign.engine.data.pack import TAIL_ROWS
+from paralign.engine.data.loader import NO_SOURCE, PackLoader
+from paralign.engine.data.pack import TAIL_ROWS, pack_chats
 
 from .conftest import chat
 
@@ -49,7 +49,7 @@ def test_a_row_predicts_the_next_token_of_its_own_sample_where_that_is_learned()
         (np.array([5, 6, 7], dtype=np.int32), np.array([1, 0, 1], dtype=np.uint8)),
         (np.array([8, 9], dtype=np.int32), np.array([1, 1], dtype=np.uint8)),
     ]
-    batch = pack_batch(samples, 8, CPU)
+    batch = pack_chats(samples, 8, CPU)
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert batch.labels_T.tolist() == [IGNORE, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
     assert batch.loss_rows.tolist() == [1, 3]
@@ -68,7 +68,7 @@ def test_a_row_predicts_the_next_token_of_its_own_sample_where_that_is_learned()
 @pytest.mark.parametrize("n_real", [0, 1, 300 - 2 * TAIL_ROWS, 300])
 def test_the_tail_is_short_segments_without_loss(n_real: int):
     samples = [(np.arange(1, n_real + 1), np.ones(n_real))] if n_real else []
-    batch = pack_batch(samples, 300, CPU)
+    batch = pack_chats(samples, 300, CPU)
     cu_seqlens = batch.segments.cu_seqlens_q
     assert cu_seqlens[-1] == 300
     assert [b for _, b, _, _ in batch.segments.bounds] == cu_seqlens[1:].tolist()
@@ -84,7 +84,7 @@ def test_the_tail_is_short_segments_without_loss(n_real: int):
 
 def test_samples_longer_than_the_pack_are_refused():
     with pytest.raises(ValueError, match="segments of 6 tokens do not fit a pack of 5"):
-        pack_batch([(np.arange(3), np.ones(3))] * 2, 5, CPU)
+        pack_chats([(np.arange(3), np.ones(3))] * 2, 5, CPU)
 
 
 def test_an_epoch_takes_every_sample_once_and_the_next_one_in_another_order(cache: TokenCache):

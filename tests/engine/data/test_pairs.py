@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from paralign.engine.batch import Column, Head
-from paralign.engine.data.answers import Answer, AnswerLayout, Group, counted_tokens, mismatch, rows_of
-from paralign.engine.data.pairs import pack_answers
+from paralign.engine.data.answers import Answer, AnswerLayout, Group, mismatch, rows_of
+from paralign.engine.data.pack import pack_groups
 
 CPU = torch.device("cpu")
 PAIRS = frozenset({Column.PAIR})
 
 
 def _answer(tokens: list[int], id_: int = 0, learned: list[int] | None = None) -> Answer:
-    return Answer(np.array(tokens), np.array(learned or [1] * len(tokens), dtype=bool), id_)
+    return Answer(np.array(tokens), np.array(learned or [1] * len(tokens), dtype=np.float32), id_)
 
 
 GROUP = Group(np.array([1, 2, 3]), (_answer([4, 5], 0), _answer([6, 7, 8], 1, learned=[1, 1, 0])))
@@ -23,7 +23,7 @@ UNSHARED = AnswerLayout(PAIRS, Head.LM, share_prefix=False)
 
 
 def test_a_shared_prompt_is_there_once_and_each_row_has_one_label() -> None:
-    pack = pack_answers([GROUP], 12, CPU, SHARED)
+    pack = pack_groups([GROUP], 12, CPU, SHARED)
     assert pack.tokens_T.tolist() == [1, 2, 3, 4, 5, 3, 6, 7, 8, 0, 0, 0]
     assert pack.labels_T.tolist() == [-100, -100, 4, 5, -100, 6, 7, -100, -100, -100, -100, -100]
     assert pack.segments.positions_T.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2]
@@ -39,40 +39,38 @@ def test_a_shared_prompt_is_there_once_and_each_row_has_one_label() -> None:
 
 
 def test_unshared_repeats_the_prompt_and_learns_the_same() -> None:
-    pack = pack_answers([GROUP], 12, CPU, UNSHARED)
+    pack = pack_groups([GROUP], 12, CPU, UNSHARED)
     assert pack.tokens_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 0]
     assert pack.segments.kv_index is None
     labels = pack.labels_T[pack.loss_rows].tolist()
     assert labels == [4, 5, 6, 7]
-    shared = pack_answers([GROUP], 12, CPU, SHARED)
+    shared = pack_groups([GROUP], 12, CPU, SHARED)
     assert shared.labels_T[shared.loss_rows].tolist() == labels
     assert rows_of(GROUP, UNSHARED) == 11
 
 
 def test_a_scalar_head_is_read_at_the_end_of_each_answer() -> None:
-    pack = pack_answers([GROUP], 12, CPU, AnswerLayout(PAIRS, Head.SCALAR, share_prefix=True))
+    pack = pack_groups([GROUP], 12, CPU, AnswerLayout(PAIRS, Head.SCALAR, share_prefix=True))
     assert pack.loss_rows.tolist() == [4, 8]
     assert (pack.labels_T == -100).all()
 
 
 def test_a_prompt_of_one_token_can_be_shared() -> None:
     group = Group(np.array([9]), (_answer([4]), _answer([6], 1)))
-    pack = pack_answers([group], 4, CPU, SHARED)
+    pack = pack_groups([group], 4, CPU, SHARED)
     assert pack.tokens_T.tolist() == [9, 4, 9, 6]
     assert pack.segments.bounds == ((0, 2, 0, 2), (2, 4, 2, 4))
 
 
 def test_reference_columns_follow_answer_ids() -> None:
-    pack = pack_answers([GROUP], 12, CPU, SHARED, np.array([-1.5, -2.5]))
+    pack = pack_groups([GROUP], 12, CPU, SHARED, np.array([-1.5, -2.5]))
     assert pack.columns[Column.REF_LOGPROB].tolist() == [-1.5, -2.5, 0.0]
     assert pack.columns[Column.REF_LOGPROB].dtype == torch.float64
 
 
-def test_what_a_likelihood_is_averaged_over() -> None:
+def test_a_prompt_can_be_learned_too() -> None:
     with_prompt = AnswerLayout(PAIRS | {Column.IN_ANSWER}, Head.LM, share_prefix=True)
-    assert counted_tokens(GROUP, SHARED) == 2
-    assert counted_tokens(GROUP, with_prompt) == 4
-    pack = pack_answers([GROUP], 12, CPU, with_prompt)
+    pack = pack_groups([GROUP], 12, CPU, with_prompt)
     assert pack.labels_T[pack.loss_rows].tolist() == [2, 3, 4, 5, 6, 7]
 
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paralign.engine.data.epochs import assign, packs_of_step, step_statistics, steps_per_epoch
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.data.sampler import assign, packs_of_step, step_statistics, steps_per_epoch
 
 
 @given(st.integers(1, 50), st.integers(1, 12))

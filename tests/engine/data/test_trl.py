@@ -150,6 +150,6 @@ def test_tokens_and_mask_are_those_of_trl(
     assert len(cache) == len(formats)
     for i, record in enumerate(given):
         input_ids, labels = answers[distinct.index(record)]
-        tokens, learned = cache.sample(i)
+        tokens, weights = cache.group(i).whole()
         assert tokens.tolist() == input_ids, formats[i][0]
-        assert np.array_equal(learned[1:].astype(bool), np.array(labels[1:]) != -100), formats[i][0]
+        assert np.array_equal(weights[1:] > 0, np.array(labels[1:]) != -100), formats[i][0]

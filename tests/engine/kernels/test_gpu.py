@@ -123,7 +123,7 @@ def test_gradients_known_beforehand_are_those_of_the_backward_pass(
 ) -> None:
     labels = torch.arange(19, device=gpu) * 31 % 1003
     found = []
-    for known in (None, -1 / 19):
+    for known in (None, torch.full((19,), -1 / 19, device=gpu)):
         hidden = rand(19, 256, dtype=dtype).requires_grad_()
         weight: Any = rand(1003, 256, dtype=dtype, scale=1 / 16).requires_grad_()
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(1003, 256, device=gpu), False
@@ -151,7 +151,7 @@ def test_a_label_outside_the_vocabulary_is_nan_and_so_is_its_gradient(gpu: torch
         weight,
         labels,
         vocab_size=50,
-        row_gradient=1.0 if known else None,
+        row_gradient=torch.ones(6, device=gpu) if known else None,
         workspace_bytes=2 * 50 * 4,
     )
     assert logprobs.isnan().tolist() == [False, True, False, True, False, False]

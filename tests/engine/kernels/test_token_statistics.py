@@ -107,7 +107,8 @@ def test_padding_of_the_vocabulary_has_no_probability() -> None:
 def test_no_row_still_gives_every_parameter_a_gradient(device: torch.device) -> None:
     _, weight, labels, _ = make(torch.float32, device=device)
     hidden = torch.empty(0, HIDDEN, device=device, requires_grad=True)
-    token_logprob(hidden, weight, labels[:0], vocab_size=VOCABULARY, row_gradient=1.0).sum().backward()
+    nothing = torch.empty(0, device=device)
+    token_logprob(hidden, weight, labels[:0], vocab_size=VOCABULARY, row_gradient=nothing).sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 
@@ -171,8 +172,9 @@ def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
     known: bool, workspace_bytes: int, products: int
 ) -> None:
     hidden, weight, labels, _ = make()
+    by_row = torch.tensor([-0.25, -0.5, -0.25, 0.0, -0.125])
     wanted = torch.autograd.grad(
-        token_statistics_ref(hidden, weight, labels).logprob_R.sum() * -0.25, (hidden, weight)
+        (token_statistics_ref(hidden, weight, labels).logprob_R * by_row).sum(), (hidden, weight)
     )
     weight = with_main_grad(weight)
     with counting_products() as seen:
@@ -181,10 +183,10 @@ def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
             weight,
             labels,
             vocab_size=VOCABULARY,
-            row_gradient=-0.25 if known else None,
+            row_gradient=by_row if known else None,
             workspace_bytes=workspace_bytes,
         )
-        (logprobs.sum() * -0.25).backward()
+        (logprobs * by_row).sum().backward()
     assert len(seen) == products
     torch.testing.assert_close(logprobs, token_statistics_ref(hidden, weight, labels).logprob_R)
     torch.testing.assert_close((hidden.grad, weight.main_grad), wanted)  # type: ignore[attr-defined]
@@ -192,7 +194,7 @@ def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
 
 def test_a_known_gradient_goes_unused_without_a_buffer_or_without_a_backward_pass() -> None:
     hidden, weight, labels, _ = make()
-    options = {"vocab_size": VOCABULARY, "row_gradient": -1.0, "workspace_bytes": TWO_ROWS}
+    options = {"vocab_size": VOCABULARY, "row_gradient": -torch.ones(5), "workspace_bytes": TWO_ROWS}
     (-token_logprob(hidden, weight, labels, **options)).sum().backward()
     wanted = torch.autograd.grad(token_statistics_ref(hidden, weight, labels).logprob_R.sum(), weight)[0]
     torch.testing.assert_close(weight.grad, -wanted)
@@ -209,7 +211,7 @@ def test_another_gradient_than_the_known_one_is_an_error() -> None:
         with_main_grad(weight),
         labels,
         vocab_size=VOCABULARY,
-        row_gradient=-1.0,
+        row_gradient=-torch.ones(5),
         workspace_bytes=TWO_ROWS,
     )
     with pytest.raises(
@@ -231,7 +233,7 @@ def test_where_nobody_may_look_a_label_outside_ruins_its_gradient_too(
         with_main_grad(weight),
         labels,
         vocab_size=VOCABULARY,
-        row_gradient=1.0 if known else None,
+        row_gradient=torch.ones(5) if known else None,
         workspace_bytes=TWO_ROWS,
     )
     assert logprobs.isnan().tolist() == [False, True, False, False, False]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from paralign.engine.batch import Column, PackedBatch, Unit
-from paralign.engine.data.loader import NO_SOURCE, pack_batch
+from paralign.engine.data.loader import NO_SOURCE
+from paralign.engine.data.pack import pack_chats
 from paralign.engine.objectives.base import KnownRowGradient
 from paralign.engine.objectives.by_source import BySource
 from paralign.engine.objectives.dpo import DPO, DPOConfig
@@ -19,7 +20,7 @@ SOURCES = [2, 0, 1]
 
 def batch() -> PackedBatch:
     samples = [(np.arange(n), np.arange(n) >= n - learned) for n, learned in SAMPLES]
-    pack = pack_batch(samples, 16, torch.device("cpu"))
+    pack = pack_chats(samples, 16, torch.device("cpu"))
     n_tail = len(pack.segments.bounds) - len(SAMPLES)
     pack.columns = {Column.SOURCE: torch.tensor(SOURCES + [NO_SOURCE] * n_tail)}
     return pack
@@ -63,6 +64,25 @@ def test_the_known_gradient_is_that_of_the_divided_loss():
         (objective.loss(out, pack).totals[Unit.TOKEN] / counts[Unit.TOKEN]).backward()
         assert out.grad is not None
         assert out.grad[pack.loss_rows].tolist() == pytest.approx([objective.row_gradient(counts)] * 8)
+
+
+def test_tokens_count_by_their_weights():
+    weights = np.array([0, 0, 0.5, 0.25])
+    pack = pack_chats([(np.arange(4), weights), (np.arange(3), 2 * weights[1:])], 16, torch.device("cpu"))
+    pack.columns = {Column.SOURCE: torch.tensor([0, 1, NO_SOURCE])}
+    out = torch.zeros(16)
+    out[pack.loss_rows] = -torch.tensor([4.0, 8.0, 1.0, 2.0])
+    out.requires_grad_()
+    objective, counts = BySource(SFT(), ["chat", "code"]), {Unit.TOKEN: 0.5}
+    found = objective.loss(out, pack)
+    assert found.totals[Unit.TOKEN].item() == 0.5 * 4 + 0.25 * 8 + 1 * 1 + 0.5 * 2
+    assert found.metrics.tolist() == [[4.0, 0.75], [2.0, 1.5]]
+    (found.totals[Unit.TOKEN] / counts[Unit.TOKEN]).backward()
+    known = objective.row_gradient(counts)
+    assert known is not None
+    assert out.grad is not None
+    assert torch.equal(out.grad[pack.loss_rows], known * pack.weights_R)
+    assert pack.weights_T.sum() == pack.weights_R.sum() == 2.25
 
 
 def test_a_loss_that_is_no_such_sum_has_no_known_gradient():

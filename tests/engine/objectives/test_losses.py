@@ -11,7 +11,7 @@ import torch
 
 from paralign.engine.batch import Column, Head, PackedBatch, Unit
 from paralign.engine.data.answers import Answer, AnswerLayout, Group
-from paralign.engine.data.pairs import pack_answers
+from paralign.engine.data.pack import pack_groups
 from paralign.engine.objectives import build_objective
 from paralign.engine.objectives.base import Objective
 from paralign.engine.objectives.dpo import DPOConfig
@@ -29,7 +29,7 @@ def _answer(n: int, id_: int, **about: Any) -> Answer:
 
 def _pack(objective: Objective, groups: list[Group], ref: list[float] | None = None) -> PackedBatch:
     layout = AnswerLayout(objective.needs, objective.head, share_prefix=True)
-    return pack_answers(groups, 40, CPU, layout, None if ref is None else np.array(ref))
+    return pack_groups(groups, 40, CPU, layout, None if ref is None else np.array(ref))
 
 
 def _logprobs(pack: PackedBatch, per_answer: list[float]) -> torch.Tensor:

@@ -1,0 +1,327 @@
+"""Tokens on disk, made once for each content. Owns the directory and its key, not how tokens come about.
+
+    <cache_dir>/<key>.v3/tokens.bin    int32, all answers end to end, each behind its prompt; a chat is one answer
+                         weights.bin   float32, what each token counts in the loss; 0 where it is not learned
+                         samples.npz   per answer: lengths, n_loss, token_weights, lines, sources
+                         answers.npy   only of preferences: per answer a row of ANSWER
+                         meta.json     n_tokens, max_token, paths; per source n_bad; first_bad
+
+The key names the samples, and the ending this form of their files: fingerprints of runs are made of the key, so that
+they outlive the form. A directory is written under a temporary name and renamed, so that one of the final name is
+complete; of two processes that write the same one, the first to end wins. N answers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paralign.models.errors import DataError
+
+from ..array_file import read_array, read_arrays
+from ..whole_file import sync, sync_tree
+from .config import DataConfig, SourceConfig
+from .encode import ANSWER, Encoded, Rendering, encode_sources
+from .preference import Kind
+from .render import template_text
+from .sources import content_files, record_format
+
+VERSION = 2  # of what render makes of a conversation; part of the key
+FORM = ".v3"  # of the files above
+SAMPLES, ANSWERS = "samples.npz", "answers.npy"
+COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
+CHAT = np.array(
+    (1, 0, 0, False, np.nan, 0.0), dtype=ANSWER
+)  # nothing stands before a chat but its first token
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass
+class StoredAnswers:
+    """What lies in a directory: every answer that was rendered, kept or not.
+
+    Attributes:
+        tokens, weights: the files, memory-mapped.
+        starts, lengths: int64 (N,), where each answer begins in them, and its tokens, prompt included.
+        n_loss: int64 (N,), tokens to be predicted.
+        token_weights: float64 (N,), what they count together.
+        lines, sources: (N,), the line that each begins at, and the index of its source.
+        answers: of ANSWER (N,), that of a chat where there is no such file.
+        has_answers: whether there is.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    n_loss: np.ndarray
+    token_weights: np.ndarray
+    lines: np.ndarray
+    sources: np.ndarray
+    answers: np.ndarray
+    has_answers: bool
+    max_token: int
+    n_bad: tuple[int, ...]
+    first_bad: str
+
+    @classmethod
+    def read(cls, directory: Path) -> StoredAnswers:
+        """Maps the files of a directory; raises DataError if they are not whole."""
+        try:
+            meta = json.loads((directory / "meta.json").read_text())
+            about: dict[str, Any] = {name: meta[name] for name in ("max_token", "first_bad")} | {
+                "n_bad": tuple(meta["n_bad"])
+            }
+            n_tokens = meta["n_tokens"]
+            columns: dict[str, Any] = dict(zip(COLUMNS, read_arrays(directory / SAMPLES, *COLUMNS)))
+            lengths = columns["lengths"]
+            has_answers = (directory / ANSWERS).is_file()
+            answers = read_array(directory / ANSWERS) if has_answers else np.broadcast_to(CHAT, len(lengths))
+            tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
+            weights = np.memmap(directory / "weights.bin", dtype=np.float32, mode="r")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
+        if not len(tokens) == len(weights) == n_tokens == lengths.sum():
+            raise DataError(f"{directory}: tokens are missing; the disk may be full; delete it")
+        return cls(
+            tokens=tokens,
+            weights=weights,
+            starts=np.cumsum(lengths) - lengths,
+            **columns,
+            answers=answers,
+            has_answers=has_answers,
+            **about,
+        )
+
+    def cut(self, which: np.ndarray, limit: int) -> None:
+        """Leaves the first `limit` tokens of some answers."""
+        for i in which.tolist():
+            weights = self.weights[self.starts[i] : self.starts[i] + limit]
+            self.lengths[i], self.n_loss[i] = limit, np.count_nonzero(weights)
+            self.token_weights[i] = weights.sum(dtype=np.float64)
+
+
+def build(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind,
+    *,
+    progress: bool,
+) -> tuple[Path, list[SourceConfig]]:
+    """The directory of the cache, made now if it is not there yet, and the sources it was made of.
+
+    Args:
+        kind: what records are read as.
+    """
+    sources = [source.model_copy(update={"format": source.format or config.format}) for source in sources]
+    directory = cache_directory(config, sources, tokenizer_dir, kind)
+    if not directory.is_dir():
+        older = directory.with_name(samples_key(directory))
+        if older.is_dir() and progress:
+            print(
+                f"{older}: tokens in an older form, not read; made anew in {directory.name}", file=sys.stderr
+            )
+        _build(directory, config, sources, tokenizer_dir, kind, progress)
+    return directory, sources
+
+
+def cache_directory(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind = Kind.CONVERSATIONS,
+) -> Path:
+    """Where the cache of this content is, or will be: a process that waits for another one looks here."""
+    key = hashlib.sha256()
+
+    def add(name: str, content: bytes) -> None:
+        key.update(f"{name} {len(content)}\n".encode() + content)
+
+    add("version", str(VERSION).encode())
+    add("loss_on", config.loss_on.encode())
+    add("bad_record", config.bad_record.encode())
+    add("kind", kind.value.encode())
+    add("template", (template_text(config.chat_template) or "").encode())
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            add(name, _digest(tokenizer_dir / name))
+    for source in sources:
+        add("format", (source.format or config.format).encode())
+        add("columns", json.dumps(source.columns, sort_keys=True).encode())
+        for file in content_files(source.path):
+            add("content", _digest(file))
+    return config.cache_dir / f"{key.hexdigest()[:32]}{FORM}"
+
+
+def samples_key(directory: Path) -> str:
+    """What names the samples of a cache, in whatever form its files are."""
+    return directory.name.removesuffix(FORM)
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _build(
+    directory: Path,
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind,
+    progress: bool,
+) -> None:
+    rendering = Rendering(
+        tokenizer_dir,
+        template_text(config.chat_template),
+        config.loss_on,
+        skip_bad=config.bad_record == "skip",
+        kind=kind,
+    )
+    # The keys of a preference say what it is; nothing is to be stated or found out.
+    conversations = kind is Kind.CONVERSATIONS
+    formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
+    try:
+        with _unfinished(directory) as temporary:
+            with _advance(sources, shown=progress) as advance:
+                stream = encode_sources(sources, formats, rendering, config.workers)
+                _write(temporary, stream, sources, advance)
+            try:
+                sync_tree(temporary)
+                os.rename(temporary, directory)
+                sync(directory.parent)
+            except OSError:
+                if not directory.is_dir():
+                    raise
+    except OSError as error:
+        raise DataError(f"cache_dir {config.cache_dir}: the cache cannot be written: {error}") from error
+
+
+@contextmanager
+def _unfinished(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory`, to be renamed to it; removes those that killed processes have left.
+
+    A lock beside it says that somebody is at work, and ends with its holder.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{directory.name}.*.lock"):
+        with suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink()
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    path = temporary.with_suffix(f"{temporary.suffix}.lock")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            path.unlink(missing_ok=True)  # another process may have taken it for one that was left
+
+
+def _write(
+    directory: Path,
+    stream: Iterator[Encoded],
+    origins: Sequence[SourceConfig],
+    advance: Callable[[int], None],
+) -> None:
+    lengths, n_loss, token_weights, lines, sources, answers = [], [], [], [], [], []
+    max_token, n_stops = 0, 0
+    n_bad, first_bad = [0] * len(origins), ""
+    with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
+        for chunk in stream:
+            chunk.tokens.tofile(tokens)
+            chunk.weights.tofile(weights)
+            ends = np.cumsum(chunk.lengths)
+            n_loss.append(_sums(chunk.weights > 0, ends, np.int64))
+            token_weights.append(_sums(chunk.weights, ends, np.float64))
+            lengths.append(chunk.lengths)
+            lines.append(chunk.lines)
+            sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
+            max_token = max(max_token, int(chunk.tokens.max(initial=0)))
+            n_stops += chunk.n_stops
+            answers.append(chunk.answers)
+            n_bad[chunk.source] += len(chunk.bad)
+            first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
+            advance(chunk.n_bytes)
+    paths = ", ".join(str(origin.path) for origin in origins)
+    if not any(map(len, lengths)):
+        raise DataError(
+            f"{paths}: no sample is left: {sum(n_bad):,} that cannot be read, the first: {first_bad}"
+        )
+    if n_stops == 0 and any(n.any() for n in n_loss):
+        raise DataError(
+            f"{paths}: no sample teaches a token that ends a turn, so the model would never stop; "
+            "the template must end an assistant turn with a special token of the tokenizer, inside "
+            "{% generation %} if it has that"
+        )
+    np.savez(
+        directory / SAMPLES,
+        lengths=np.concatenate(lengths),
+        n_loss=np.concatenate(n_loss),
+        token_weights=np.concatenate(token_weights),
+        lines=np.concatenate(lines),
+        sources=np.concatenate(sources),
+    )
+    if any(len(table) for table in answers):
+        np.save(directory / ANSWERS, np.concatenate(answers))
+    meta = {
+        "n_tokens": int(sum(part.sum() for part in lengths)),
+        "max_token": max_token,
+        "paths": [str(origin.path) for origin in origins],
+        "n_bad": n_bad,
+        "first_bad": first_bad,
+    }
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _sums(values: np.ndarray, ends: np.ndarray, dtype: type) -> np.ndarray:
+    """Of each stretch of `values`, one behind the other up to `ends`."""
+    before = np.concatenate(([0], np.cumsum(values, dtype=dtype)))
+    return np.diff(before[np.concatenate(([0], ends))])
+
+
+@contextmanager
+def _advance(sources: Sequence[SourceConfig], *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function that is told the bytes that are done, and moves a bar if it is to be shown."""
+    if not shown:
+        yield lambda n_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=sum(map(_size, sources)))
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+        bar.update(task, completed=bar.tasks[task].total)
+
+
+def _size(source: SourceConfig) -> int:
+    return sum(file.stat().st_size for file in content_files(source.path))
