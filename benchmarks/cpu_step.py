@@ -28,13 +28,12 @@ import torch
 from one_rank import one_rank
 
 from paralign.engine.batch import StepBatch, Unit
-from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import SFT
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
@@ -144,8 +143,8 @@ class our_trainer:
     def __enter__(self) -> Any:
         self.world = one_rank()
         self.world.__enter__()
-        model = make_model()
-        arch = arch_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+        theirs = make_model()
+        arch = arch_from_hf(theirs.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
         layout = resolve(
             LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
             arch,
@@ -155,10 +154,9 @@ class our_trainer:
         )
         self.opened = open_mesh(layout, local_rank=0, seed=0)
         mesh = self.opened.__enter__()
-        config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32"))
-        chunks = build_chunks(config, arch, mesh, choose_parts())
-        load_weights(chunks, arch, mesh, model.state_dict().__getitem__)
-        wrapped = wrap_for_data_parallel(chunks, config, layout)
+        section = ModelConfig(hf=Path(), dtype="fp32")
+        model = Model.open(arch, mesh, section, theirs.state_dict().__getitem__)
+        model.prepare_to_train()
         settings = OptimizerConfig(
             lr=LR,
             lr_decay_style="constant",
@@ -167,7 +165,7 @@ class our_trainer:
             adam_beta2=BETAS[1],
             adam_eps=EPS,
         )
-        optimizer = Optimizer(wrapped, settings, layout, torch.float32)
+        optimizer = Optimizer(model.chunks, settings, layout, torch.float32)
         objective = SFT()
         learned = sum(sum(mask[1:]) for pack in self.packs for _, mask in pack)
 
@@ -182,7 +180,7 @@ class our_trainer:
                     sample_ids=(),
                 )
                 optimizer.zero_grad()
-                sums = run_step(wrapped, batch, objective, mesh, train=True)
+                sums = run_step(model, batch, objective, train=True)
                 optimizer.step(LR)
                 self.timed.seconds.append(time.perf_counter() - began)
                 if len(self.timed.seconds) == 1:

@@ -53,19 +53,14 @@ from step_workload import (
 )
 
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
-from paralign.engine.build import (
-    build_chunks,
-    load_weights,
-    random_weights,
-    transformer_config,
-    wrap_for_data_parallel,
-)
+from paralign.engine.build import DTYPES, random_weights
 from paralign.engine.data.answers import AnswerLayout, Group
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused
+from paralign.engine.kernels.parts import describe_kernels, fused
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import SFT, Objective
 from paralign.engine.objectives.dpo import DPO, DPOConfig
 from paralign.engine.optim import Optimizer
@@ -104,13 +99,14 @@ def ours_dpo(
     else:
         packs = best_packs(pairs, layout, nothing, device, tokens_per_pack=geometry.tokens_per_pack)
     batch = StepBatch(packs, {Unit.PAIR: len(pairs), Unit.TOKEN: 1}, len(pairs), 0, ())
-    with trainer(geometry, len(packs), dtype, "auto", reference=True) as (step, reference):
+    with trainer(geometry, len(packs), dtype, "auto", reference=True) as (step, kept):
+        reference = kept.pop()
         fill_reference(reference, packs)
         if way == "shared":
-            reference.clear()
+            reference = None  # and out of memory
 
         def train() -> float:
-            if reference:
+            if reference is not None:
                 fill_reference(reference, packs)
             return step(batch, objective)
 
@@ -121,29 +117,23 @@ def ours_dpo(
 def trainer(
     geometry: Geometry, n_packs: int, dtype: str, kernels: Kernels, *, reference: bool = False
 ) -> Any:
-    """One rank of ours: (step, chunks of a reference model of the same weights, if asked for)."""
+    """One rank of ours: (step, a list of a reference model of the same weights, if asked for)."""
     arch = arch_from_hf(geometry.config())
     keys = LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
     sizes = {"global_batch_size": n_packs, "tokens_per_pack": geometry.tokens_per_pack}
     layout = resolve(keys, arch, world_size=1, **sizes)
-    model = ModelConfig(hf=Path(), dtype=dtype, kernels=kernels)  # type: ignore[arg-type]
+    section = ModelConfig(hf=Path(), dtype=dtype, kernels=kernels)  # type: ignore[arg-type]
     with open_mesh(layout, local_rank=0, seed=0) as mesh:
-        config = transformer_config(arch, layout, model)
-        precision = config.params_dtype
+        precision = DTYPES[dtype]
         read = random_weights(arch, seed=0, dtype=precision, device=mesh.device)
-
-        def chunks() -> list[Any]:
-            made = build_chunks(config, arch, mesh, choose_parts(kernels))
-            load_weights(made, arch, mesh, read)
-            return list(made)
-
-        kept = chunks() if reference else []
-        wrapped = wrap_for_data_parallel(chunks(), config, layout)
-        optimizer = Optimizer(wrapped, SETTINGS, layout, precision, fused=fused(kernels))
+        kept = [Model.open(arch, mesh, section, read)] if reference else []
+        model = Model.open(arch, mesh, section, read)
+        model.prepare_to_train()
+        optimizer = Optimizer(model.chunks, SETTINGS, layout, precision, fused=fused(kernels))
 
         def step(batch: StepBatch, objective: Objective) -> float:
             optimizer.zero_grad()
-            sums = run_step(wrapped, batch, objective, mesh, train=True)
+            sums = run_step(model, batch, objective, train=True)
             optimizer.step(LR)
             return report(objective, sums)["loss"]
 

@@ -38,14 +38,13 @@ from one_rank import one_rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
-from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives.dpo import DPO, DPOConfig
 from paralign.engine.score import fill_reference
 from paralign.engine.step import run_step
@@ -112,7 +111,9 @@ def draw_pairs(n: int, *, tokens_per_pack: int = TOKENS_PER_PACK) -> list[Group]
         if 2 * n_prompt + sum(lengths) > tokens_per_pack:
             continue
         answers = tuple(
-            Answer(draw.integers(0, VOCABULARY - 2, size), np.ones(size, dtype=bool), id=2 * len(pairs) + k)
+            Answer(
+                draw.integers(0, VOCABULARY - 2, size), np.ones(size, dtype=np.float32), id=2 * len(pairs) + k
+            )
             for k, size in enumerate(lengths)
         )
         pairs.append(Group(draw.integers(0, VOCABULARY - 2, n_prompt), answers))
@@ -137,25 +138,18 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
         one_rank(),
         open_mesh(layout, local_rank=0, seed=0) as mesh,
     ):
-
-        def chunks() -> tuple[Any, list[Any]]:
-            config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32"))
-            made = build_chunks(config, arch, mesh, choose_parts())
-            load_weights(made, arch, mesh, weights.__getitem__)
-            return config, made
-
-        config, policy_chunks = chunks()
-        _, reference_chunks = chunks()
-        policy = wrap_for_data_parallel(policy_chunks, config, layout)
+        section = ModelConfig(hf=Path(), dtype="fp32")
+        policy, kept = (Model.open(arch, mesh, section, weights.__getitem__) for _ in range(2))
+        policy.prepare_to_train()
 
         def run(name: str, packs: list[PackedBatch], online: bool) -> Row:
             batch = StepBatch(packs, {Unit.PAIR: len(pairs), Unit.TOKEN: 1}, len(pairs), 0, ())
 
             def step() -> None:
-                policy[0].zero_grad_buffer()
+                policy.chunks[0].zero_grad_buffer()
                 if online:
-                    fill_reference(reference_chunks, packs)
-                run_step(policy, batch, objective, mesh, train=True)
+                    fill_reference(kept, packs)
+                run_step(policy, batch, objective, train=True)
 
             rows = sum(pack.tokens_T.shape[0] for pack in packs) * (1 + online)
             seconds = measure(step, repeats)

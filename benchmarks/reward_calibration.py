@@ -27,20 +27,14 @@ import torch
 from one_rank import one_rank
 
 from paralign.engine.batch import Column, Head, StepBatch, Unit
-from paralign.engine.build import (
-    build_chunks,
-    load_weights,
-    random_weights,
-    transformer_config,
-    wrap_for_data_parallel,
-)
+from paralign.engine.build import random_weights
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives.reward import Reward, RewardConfig
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
@@ -110,7 +104,7 @@ def draw_pairs(
             stated = np.clip(1 + 4 * quality + draw.normal(0, NOISE), 1, 5)
             score = (stated - 3) / 2 if scored and i % 2 else math.nan
             answers.append(
-                Answer(tokens, np.ones(len(tokens), dtype=bool), first_id + 2 * i + k, score=score)
+                Answer(tokens, np.ones(len(tokens), dtype=np.float32), first_id + 2 * i + k, score=score)
             )
             qualities[i, k] = quality
         groups.append(Group(prompt, tuple(answers)))
@@ -125,12 +119,11 @@ def train_and_measure(arch: Any, mesh: Mesh, alpha: float, seed: int, steps: int
     section = {"score_range": (1.0, 5.0)} if alpha else {}
     objective = Reward(RewardConfig(name="reward", alpha=alpha, **section))
     answer_layout = AnswerLayout(objective.needs, Head.SCALAR, share_prefix=True)
-    config = transformer_config(arch, mesh.layout, ModelConfig(hf=Path(), dtype="fp32"))
-    chunks = build_chunks(config, arch, mesh, choose_parts())
-    load_weights(chunks, arch, mesh, random_weights(arch, seed=seed, dtype=torch.float32, device=mesh.device))
-    wrapped = wrap_for_data_parallel(chunks, config, mesh.layout)
+    read = random_weights(arch, seed=seed, dtype=torch.float32, device=mesh.device)
+    model = Model.open(arch, mesh, ModelConfig(hf=Path(), dtype="fp32"), read)
+    model.prepare_to_train()
     schedule = OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_steps=0, weight_decay=0.1)
-    optimizer = Optimizer(wrapped, schedule, mesh.layout, torch.float32)
+    optimizer = Optimizer(model.chunks, schedule, mesh.layout, torch.float32)
 
     def packs(groups: list[Group]) -> list[Any]:
         lengths = np.array([rows_of(group, answer_layout) for group in groups])
@@ -146,12 +139,12 @@ def train_and_measure(arch: Any, mesh: Mesh, alpha: float, seed: int, steps: int
     for step in range(steps):
         batch = batches[step % 2]
         optimizer.zero_grad()
-        run_step(wrapped, batch, objective, mesh, train=True)
+        run_step(model, batch, objective, train=True)
         optimizer.step(schedule.lr)
 
     tested = packs(held_out)
-    measured = report(objective, run_step(wrapped, _batch(tested), objective, mesh, train=False))
-    rewards = score_values(wrapped, [tested], 2 * N_HELD_OUT, mesh).reshape(-1, 2)
+    measured = report(objective, run_step(model, _batch(tested), objective, train=False))
+    rewards = score_values(model, [tested], 2 * N_HELD_OUT).reshape(-1, 2)
     apart = np.sign(rewards[:, 0] - rewards[:, 1]) == np.sign(qualities[:, 0] - qualities[:, 1])
     return {
         "ranked right": float(apart.mean()),

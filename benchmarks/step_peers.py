@@ -37,7 +37,7 @@ from paralign.engine.data.answers import Group
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
 from paralign.models import arch_from_hf, rules_for

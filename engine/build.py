@@ -1,4 +1,4 @@
-"""From shape facts and a layout to model chunks with weights in them. Owns Megatron's model configuration."""
+"""From shape facts and a layout to model chunks, and weights that exist nowhere. Owns Megatron's configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from paralign.models import rules_for
 from paralign.models.arch import Arch
 from paralign.models.decoder import Decoder, Parts
-from paralign.models.errors import WeightsError
 from paralign.models.mcore import (
     ON_HOST,
     DistributedDataParallel,
@@ -23,7 +22,7 @@ from paralign.models.mcore import (
 
 from .layout import Layout
 from .mesh import Mesh
-from .model import ModelConfig
+from .model_section import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Read = Callable[[str], torch.Tensor]  # a tensor by its Hugging Face name
@@ -130,32 +129,6 @@ def random_weights(arch: Arch, *, seed: int, dtype: torch.dtype, device: torch.d
         return torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype)
 
     return read
-
-
-def load_weights(chunks: Sequence[Decoder], arch: Arch, mesh: Mesh, read: Read) -> None:
-    """Fill every parameter by the weight rules.
-
-    The ranks of the first copy of the model read the slices that they own and nothing else, and send them to
-    their peers in the other copies: the file system is read once, however many copies train. Collective.
-
-    Raises:
-        WeightsError: a parameter has no rule, or its rule gives another shape.
-    """
-    rules = {rule.native: rule for rule in rules_for(arch)}
-    with torch.no_grad():
-        for chunk in chunks:
-            for name, parameter in chunk.named_weights():
-                if name not in rules:
-                    raise WeightsError(f"{name}: no weight rule of family {arch.family} makes this parameter")
-                if mesh.dp_rank == 0:
-                    shard = rules[name].slice(read, mesh.tp_rank, mesh.layout.tp)
-                    if shard.shape != parameter.shape:
-                        raise WeightsError(
-                            f"{name}: its rule gives {tuple(shard.shape)}, "
-                            f"the model wants {tuple(parameter.shape)}"
-                        )
-                    parameter.copy_(shard)
-                mesh.send_to_copies(parameter)
 
 
 def wrap_for_data_parallel(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ from .data.cache import TokenCache
 from .data.pack import pack_chats
 from .data.render import open_tokenizer
 from .kernels.greedy_token import greedy_token
-from .mesh import Mesh
-from .step import run_forward
+from .model import Model
 from .whole_file import write_whole
 
 
@@ -54,8 +52,7 @@ def prompts_of(cache: TokenCache, n_samples: int, max_new_tokens: int) -> list[P
 
 
 def greedy(
-    chunks: Sequence[Any],
-    mesh: Mesh,
+    model: Model,
     prompts: Sequence[np.ndarray],
     *,
     tokens_per_pack: int,
@@ -65,14 +62,15 @@ def greedy(
     """The likeliest token again and again, for each prompt. Collective; every rank gets the same answers.
 
     Args:
-        chunks: this rank's model chunks, with current weights.
+        model: with current weights.
         prompts: tokens (L,), which fit one pack with `max_new_tokens` more for each.
         stops: tokens that end an answer; the one that ends it is part of it.
     """
+    mesh = model.mesh
     answers: list[list[int]] = [[] for _ in prompts]
     # Other data-parallel ranks would compute the same, and micro-batches beyond the first are the schedule's.
     empty = pack_chats([], tokens_per_pack, mesh.device)
-    with _greedy_head(chunks):
+    with _greedy_head(model):
         for _ in range(max_new_tokens):
             going = [i for i, answer in enumerate(answers) if not answer or answer[-1] not in stops]
             if not going:
@@ -83,7 +81,7 @@ def greedy(
                 pack = pack_chats([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
             packs = [pack] + [empty] * (mesh.layout.micro_batch_multiple - 1)
             chosen = torch.zeros(len(going), dtype=torch.float64, device=mesh.device)
-            results = run_forward(chunks, packs, _chosen)
+            results = model.read(packs, _chosen)
             if results and mesh.dp_rank == 0:
                 chosen += results[0]
             for i, token in zip(going, mesh.sum_over_data_then_share(chosen).tolist()):
@@ -103,13 +101,9 @@ def _chosen(out_T: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 @contextmanager
-def _greedy_head(chunks: Sequence[Any]) -> Iterator[None]:
+def _greedy_head(model: Model) -> Iterator[None]:
     """The head gives tokens in place of log-probabilities."""
-    heads = [
-        model.output_layer
-        for model in (getattr(chunk, "module", chunk) for chunk in chunks)
-        if model.post_process
-    ]
+    heads = [module.output_layer for module in model.modules if module.post_process]
     operations = [head.token_logprob for head in heads]
     for head in heads:
         head.token_logprob = greedy_token
@@ -131,8 +125,7 @@ class Generations:
 
     def __init__(
         self,
-        chunks: Sequence[Any],
-        mesh: Mesh,
+        model: Model,
         validation: Mapping[str, TokenCache],
         tokenizer_dir: Path,
         run_dir: Path,
@@ -141,7 +134,7 @@ class Generations:
         max_new_tokens: int,
         first_step: int,
     ) -> None:
-        self._chunks, self._mesh, self._max_new_tokens = chunks, mesh, max_new_tokens
+        self._model, self._max_new_tokens = model, max_new_tokens
         self._tokenizer = open_tokenizer(tokenizer_dir)
         special = set(self._tokenizer.all_special_ids)
         self._sets = {
@@ -152,21 +145,20 @@ class Generations:
         ends = {int(p.expected[-1]) for prompts, _ in self._sets.values() for p in prompts}
         self._stops = frozenset((ends & special) | ({self._tokenizer.eos_token_id} - {None}))
         self._path = run_dir / "generations.jsonl"
-        if mesh.is_main:
+        if model.mesh.is_main:
             _cut(self._path, first_step)
 
     def write(self, step: int) -> None:
         """Ask every set, with the weights before step number `step`. Collective."""
         for name, (prompts, tokens_per_pack) in self._sets.items():
             answers = greedy(
-                self._chunks,
-                self._mesh,
+                self._model,
                 [prompt.tokens for prompt in prompts],
                 tokens_per_pack=tokens_per_pack,
                 max_new_tokens=self._max_new_tokens,
                 stops=self._stops,
             )
-            if self._mesh.is_main:
+            if self._model.mesh.is_main:
                 with self._path.open("a", encoding="utf-8") as file:
                     for prompt, answer in zip(prompts, answers):
                         line = {

@@ -1,53 +1,210 @@
-"""The `model:` section of a recipe. Owns the keys; build.py makes the model of them."""
+"""A model as this rank holds its share of it: opened, filled, read, handed on, lent. Owns no step of training."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-from pydantic import Field, model_validator
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from .config import Section
+from paralign.models import rules_for
+from paralign.models.arch import Arch
+from paralign.models.errors import WeightsError
+from paralign.models.mcore import DistributedDataParallel, TransformerConfig, get_forward_backward_func
+
+from .batch import PackedBatch
+from .build import Read, build_chunks, transformer_config, wrap_for_data_parallel
+from .kernels.parts import choose_parts
+from .layout import stage_rules
+from .mesh import Mesh
+from .model_section import ModelConfig
+
+BUCKET_BYTES = 2**28  # of whole tensors that are gathered before they are handed on
+
+Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]  # of (out, pack=…): Megatron's (loss, count, report)
 
 
-class ModelConfig(Section):
-    """Which model is trained, in what precision, and what its backward pass computes again.
+class Model:
+    """Module chunks at a layout, one for each virtual stage of this rank, and what is done with all of them.
 
     Attributes:
-        hf: a Hugging Face directory: config.json, tokenizer, weights; or a native checkpoint to start from.
-        init: `weights` starts from the directory's, `random` needs its config.json only.
-        dtype: precision of weights and activations; gradients and optimizer are always fp32.
-        recompute_granularity: `full` keeps only inputs of layers and runs them again in the backward pass.
-        recompute_method: `uniform` recomputes every recompute_num_layers layers together, `block` only the
-            first recompute_num_layers layers of each chunk.
-        recompute_num_layers: see recompute_method.
-        kernels: `auto` uses the fused kernels where they are built and torch elsewhere, `reference` takes torch's
-            operations, but for the head's log-probabilities, and adds up weight gradients as torch does, `required`
-            refuses to start without them.
-        attention_backend: `flash` is the flash-attn package, `varlen` torch's variable-length attention, `sdpa` one
-            call of torch's scaled-dot-product attention for each segment; `auto` the first of them that serves.
-        deterministic: the same numbers in every run, at some cost.
+        arch: shape facts of the whole model.
+        mesh: where this rank stands.
+        config: Megatron's, for this layout.
+        modules: this rank's chunks.
+        chunks: the same as the schedule takes them; after `prepare_to_train` wrapped for data parallelism.
     """
 
-    hf: Path
-    init: Literal["weights", "random"] = "weights"
-    dtype: Literal["bf16", "fp32"]
-    recompute_granularity: Literal["full"] | None = None
-    recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = Field(None, ge=1)
-    kernels: Literal["auto", "reference", "required"] = "auto"
-    attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    deterministic: bool = False
+    def __init__(self, modules: Sequence[Any], config: TransformerConfig, arch: Arch, mesh: Mesh) -> None:
+        self.arch, self.mesh, self.config = arch, mesh, config
+        self.modules: list[Any] = list(modules)
+        self.chunks: list[Any] = self.modules
 
-    @model_validator(mode="after")
-    def _agree(self) -> ModelConfig:
-        details = (self.recompute_method, self.recompute_num_layers)
-        if self.recompute_granularity and None in details:
-            raise ValueError(
-                "recompute_granularity needs recompute_method and recompute_num_layers; give both"
-            )
-        if not self.recompute_granularity and details != (None, None):
-            raise ValueError(
-                "recompute_method and recompute_num_layers need recompute_granularity; set it to full"
-            )
-        return self
+    @classmethod
+    def open(cls, arch: Arch, mesh: Mesh, section: ModelConfig, read: Read) -> Model:
+        """Builds this rank's share and fills it; see `load`. Collective."""
+        config = transformer_config(arch, mesh.layout, section)
+        parts = choose_parts(section.kernels, section.attention_backend)
+        model = cls(build_chunks(config, arch, mesh, parts), config, arch, mesh)
+        model.load(read)
+        return model
+
+    def load(self, read: Read) -> None:
+        """Fill every parameter by the weight rules.
+
+        The ranks of the first copy of the model read the slices that they own and nothing else, and send them to
+        their peers in the other copies: the file system is read once, however many copies train. Collective.
+
+        Raises:
+            WeightsError: a parameter has no rule, or its rule gives another shape.
+        """
+        rules = {rule.native: rule for rule in rules_for(self.arch)}
+        with torch.no_grad():
+            for name, parameter in self.named_weights():
+                if name not in rules:
+                    raise WeightsError(
+                        f"{name}: no weight rule of family {self.arch.family} makes this parameter"
+                    )
+                if self.mesh.dp_rank == 0:
+                    shard = rules[name].slice(read, self.mesh.tp_rank, self.mesh.layout.tp)
+                    if shard.shape != parameter.shape:
+                        raise WeightsError(
+                            f"{name}: its rule gives {tuple(shard.shape)}, "
+                            f"the model wants {tuple(parameter.shape)}"
+                        )
+                    parameter.copy_(shard)
+                self.mesh.send_to_copies(parameter)
+
+    def prepare_to_train(self) -> None:
+        """Wrap the chunks in Megatron's data parallelism, which gives each parameter a gradient buffer."""
+        self.chunks = wrap_for_data_parallel(self.modules, self.config, self.mesh.layout)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under the names of the weight rules."""
+        for module in self.modules:
+            yield from module.named_weights()
+
+    def synchronize(self) -> None:
+        """Make the weights current on every rank.
+
+        With `overlap_param_gather` the gather of an update is left to the next forward pass; whoever reads weights
+        before that calls this first.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def run(
+        self, packs: Sequence[PackedBatch], loss: Loss, *, train: bool, row_gradient: float | None = None
+    ) -> list[Tensor]:
+        """Megatron's schedule over this rank's packs.
+
+        Args:
+            packs: as many as on any other rank, all of one length.
+            row_gradient: see `KnownRowGradient`; each row's is this times its weight.
+
+        Returns:
+            What `loss` reported of each pack, in their order, on ranks of the last stage; elsewhere nothing.
+        """
+        chunks, iterators = self.chunks, [iter(packs) for _ in self.chunks]
+        results: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(_forward, loss=loss, row_gradient=row_gradient),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(packs),
+            seq_length=packs[0].tokens_T.shape[0],
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+        return results
+
+    def read(
+        self, packs: Sequence[PackedBatch], keep: Callable[[Tensor, PackedBatch], Tensor]
+    ) -> list[Tensor]:
+        """Forward passes without gradients.
+
+        Args:
+            packs: this rank's; see `run`.
+            keep: what to keep of a pack, from what the head gave.
+
+        Returns:
+            What was kept, in the order of the packs, on ranks of the last stage; elsewhere nothing.
+        """
+
+        def report(out: Tensor, *, pack: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+            return out.sum(), torch.zeros((), dtype=torch.int, device=out.device), keep(out, pack)
+
+        with torch.no_grad():
+            return self.run(packs, report, train=False)
+
+    def tensors(self, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+        """The whole tensors by Hugging Face name, a bucket at a time: for an export, or a rollout engine.
+
+        Collective: every rank goes to the end. On the first rank of each stage's tensor-parallel group, in the first
+        copy of the model, the buckets hold that stage's tensors; elsewhere they are empty, or there are none.
+
+        Args:
+            bucket_bytes: a bucket is handed on when it holds as many; a larger tensor is a bucket of its own.
+        """
+        self.synchronize()
+        if self.mesh.dp_rank > 0:
+            return
+        rules = {rule.native: rule for rule in stage_rules(self.mesh.layout, self.arch)[self.mesh.pp_rank]}
+        bucket: dict[str, Tensor] = {}
+        gathered = 0
+        for native, parameter in self.named_weights():
+            if native not in rules:  # the copy of tied embeddings on the last stage
+                continue
+            rule, shards = rules[native], [parameter.detach()]
+            gathered += parameter.nbytes * (self.mesh.layout.tp if rule.split is not None else 1)
+            if rule.split is not None:
+                shards = self._gathered(shards[0])
+            if self.mesh.tp_rank == 0:
+                bucket |= rule.join(shards)
+            if gathered >= bucket_bytes:
+                yield bucket
+                bucket, gathered = {}, 0
+        if gathered:
+            yield bucket
+
+    def _gathered(self, shard: Tensor) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks, on the first of them."""
+        into = None
+        if self.mesh.tp_rank == 0:
+            into = [torch.empty_like(shard) for _ in range(self.mesh.layout.tp)]
+        dist.gather(shard.contiguous(), into, group=self.mesh.tp_group, group_dst=0)
+        return into or []
+
+    @contextmanager
+    def lent(self, read: Read) -> Iterator[None]:
+        """Other frozen weights of this architecture in this model's place, so that no second one is in memory.
+
+        This model's own bytes wait in the host's memory and come back at the end, also after an error: not a bit of
+        the weights, or of what an optimizer keeps of them, is changed. Nothing may be trained meanwhile. Collective.
+
+        Args:
+            read: reads the other weights; see `load`.
+        """
+        self.synchronize()
+        parameters = [parameter for _, parameter in self.named_weights()]
+        own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        try:
+            self.load(read)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, kept in zip(parameters, own):
+                    parameter.copy_(kept)
+
+
+def _forward(
+    packs: Iterator[PackedBatch], module: Any, *, loss: Loss, row_gradient: float | None
+) -> tuple[Tensor, Any]:
+    pack = next(packs)
+    known_R = None if row_gradient is None else row_gradient * pack.weights_R
+    out = module(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, known_R)
+    return out, partial(loss, pack=pack)

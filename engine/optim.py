@@ -208,16 +208,6 @@ class Optimizer:
             total += own
         return total
 
-    def synchronize_weights(self) -> None:
-        """Make the model's weights current on every rank.
-
-        With `overlap_param_gather` the gather of an update is left to the next forward pass; whoever reads
-        weights before that (saving, export, evaluation) calls this first.
-        """
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-
 
 def _allocate_state(optimizer: torch.optim.Optimizer, offloaded: float) -> None:
     """Give AdamW's state its shape before the first step: a checkpoint is described from it.

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from .build import Read
     from .mesh import Mesh
+    from .model import Model
     from .trainer import Trainer
 
 
@@ -162,11 +163,11 @@ def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
     from .replay import replay, show
 
     console = Console(highlight=False, soft_wrap=True)
-    if trainer.mesh.is_main:
+    if trainer.model.mesh.is_main:
         start = "the first weights" if trainer.first_step == 0 else f"iter_{trainer.first_step:07d}"
         console.print(f"from {start}; {step - trainer.first_step} steps to do again")
     found = replay(trainer, step)
-    if trainer.mesh.is_main:
+    if trainer.model.mesh.is_main:
         show(found, run_dir / "replay" / f"step_{step:07d}.json", console)
 
 
@@ -178,18 +179,13 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     """
     from paralign.models.attention import alibi_attention, choose_kernel, sdpa_attention
 
-    from .build import (
-        DTYPES,
-        build_chunks,
-        load_weights,
-        transformer_config,
-        wrap_for_data_parallel,
-    )
+    from .build import DTYPES
     from .checkpoint.export import export_hf
     from .checkpoint.native import NativeCheckpoints
     from .data.loader import PackLoader
     from .generate import Generations
-    from .kernels.parts import choose_parts, describe_kernels, fused
+    from .kernels.parts import describe_kernels, fused
+    from .model import Model
     from .objectives.by_source import BySource
     from .observe.health import Health
     from .observe.memory import Memory
@@ -204,10 +200,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     recipe, arch, layout = report.recipe, report.arch, report.layout
     dtype = DTYPES[recipe.model.dtype]
     attention = choose_kernel(mesh.device, dtype, alibi=arch.alibi, backend=recipe.model.attention_backend)
-    config = transformer_config(arch, layout, recipe.model)
-    chunks = build_chunks(
-        config, arch, mesh, choose_parts(recipe.model.kernels, recipe.model.attention_backend)
-    )
     options = {
         "global_batch_size": recipe.train.global_batch_size,
         "seed": recipe.train.seed,
@@ -218,12 +210,12 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     }
     loaders = {name: PackLoader(cache, **options) for name, cache in report.caches.items()}
     read = _weights_to_start_from(recipe, arch, mesh)
-    load_weights(chunks, arch, mesh, read)
+    model = Model.open(arch, mesh, recipe.model, read)
     reference = None
     if isinstance(recipe.objective, ReferenceSection):
-        reference = build_reference(report, mesh, chunks, read, loaders)
-    wrapped = wrap_for_data_parallel(chunks, config, layout)
-    optimizer = Optimizer(wrapped, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
+        reference = build_reference(report, model, read, loaders)
+    model.prepare_to_train()
+    optimizer = Optimizer(model.chunks, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
 
     cache, learns_answers = report.caches["train"], isinstance(recipe.objective, AnswerSection)
     scorer = scorer_of(arch, recipe.tokenizer_dir, cache.last_tokens()) if arch.scalar_head else None
@@ -233,7 +225,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     )
     root = recipe.run_dir / "checkpoints"
     checkpoints = NativeCheckpoints(
-        root, recipe.checkpoint, mesh, wrapped, optimizer, assets=assets, recipe=dump(recipe)
+        root, recipe.checkpoint, model, optimizer, assets=assets, recipe=dump(recipe)
     )
     newest = store.latest(root, at_most=replay_step)
     first_step = 0
@@ -242,7 +234,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             raise CheckpointError(
                 f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
             )
-        first_step = _resume(checkpoints, newest, report, loaders["train"].fingerprint)
+        first_step = _resume(checkpoints, newest, loaders["train"].fingerprint)
 
     log = MetricsLog()
     if replay_step is None:
@@ -273,8 +265,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     generations = None
     if recipe.train.generate_samples and replay_step is None and not learns_answers:
         generations = Generations(
-            wrapped,
-            mesh,
+            model,
             {
                 name.removeprefix("validation/"): cache
                 for name, cache in report.caches.items()
@@ -287,9 +278,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             first_step=first_step,
         )
     return Trainer(
-        arch=arch,
-        mesh=mesh,
-        chunks=wrapped,
+        model=model,
         objective=objective,
         optimizer=optimizer,
         schedule=recipe.optimizer,
@@ -300,9 +289,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         checkpoints=checkpoints,
         export=partial(
             export_hf,
-            chunks,
-            arch,
-            mesh,
+            model,
             assets=assets,
             dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
             max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
@@ -336,13 +323,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         first_step=first_step,
         total_steps=report.total_steps,
         generations=generations,
-        prepare=Preparation(
-            wrapped,
-            objective.needs,
-            mesh,
-            reference=reference,
-            synchronize=optimizer.synchronize_weights,
-        ),
+        prepare=Preparation(model, objective.needs, reference),
     )
 
 
@@ -360,19 +341,18 @@ def _weights_to_start_from(recipe: Recipe, arch: Arch, mesh: Mesh) -> Read:
 
 
 def build_reference(
-    report: CheckReport, mesh: Mesh, chunks: Sequence[Any], read: Read, loaders: Mapping[str, Any]
-) -> Sequence[Any] | None:
-    """Chunks of a reference model that is kept; or none, and its log-probabilities in the loaders.
+    report: CheckReport, policy: Model, read: Read, loaders: Mapping[str, Any]
+) -> Model | None:
+    """A reference model that is kept; or none, and its log-probabilities in the loaders.
 
-    Where they have to be computed, the chunks of the policy hold the reference's weights meanwhile, so that no
-    second model is ever in memory.
+    Where they have to be computed, the policy lends its place, so that no second model is ever in memory.
 
     Args:
-        chunks: the policy's, with the weights to start from.
+        policy: with the weights to start from.
         read: reads these weights.
     """
-    from .build import DTYPES, build_chunks, load_weights, transformer_config
-    from .kernels.parts import choose_parts
+    from .build import DTYPES
+    from .model import Model
     from .reference import MadeBy, fill_from_disk_or_score, weights_digest
     from .score import score_answers
 
@@ -388,12 +368,7 @@ def build_reference(
         )
     read_reference = open_source(directory).read if other else read
     if section.reference == "online":
-        config = transformer_config(arch, report.layout, recipe.model)
-        kept = build_chunks(
-            config, arch, mesh, choose_parts(recipe.model.kernels, recipe.model.attention_backend)
-        )
-        load_weights(kept, arch, mesh, read_reference)
-        return kept
+        return Model.open(arch, policy.mesh, recipe.model, read_reference)
     template = template_text(recipe.data.chat_template) or "tokenizer"
     dtype = str(DTYPES[recipe.model.dtype])
     if recipe.model.init == "random" and not other:
@@ -403,23 +378,20 @@ def build_reference(
     made_by = MadeBy(weights, data="", template=hashlib.sha256(template.encode()).hexdigest()[:32])
 
     def score(steps: Any, n_answers: int) -> Any:
-        if other:
-            load_weights(chunks, arch, mesh, read_reference)
-        return score_answers(chunks, steps, n_answers, mesh)
+        with policy.lent(read_reference) if other else nullcontext():
+            return score_answers(policy, steps, n_answers)
 
-    fill_from_disk_or_score(loaders, made_by, mesh, score, total_steps=report.total_steps)
-    if other:
-        load_weights(chunks, arch, mesh, read)
+    fill_from_disk_or_score(loaders, made_by, policy.mesh, score, total_steps=report.total_steps)
     return None
 
 
-def _resume(checkpoints: Any, directory: Path, report: CheckReport, data: str) -> int:
+def _resume(checkpoints: Any, directory: Path, data: str) -> int:
     """The number of steps done.
 
     Raises:
         CheckpointError: other samples than the checkpoint's would follow.
     """
-    progress = checkpoints.load(directory, report.arch)
+    progress = checkpoints.load(directory)
     if progress.data != data:
         raise CheckpointError(
             f"{directory}: was trained on other samples or packs than data and train now give, so that samples "

@@ -13,7 +13,7 @@ from .checkpoint.hf import assets_of
 from .config import Section, decode
 from .data.config import DataConfig
 from .layout import LayoutConfig
-from .model import ModelConfig
+from .model_section import ModelConfig
 from .objectives import AnswerSection, ObjectiveConfig
 from .observe.config import ObserveConfig
 from .recipe_file import apply_overrides, dump_yaml, load_recipe_file

@@ -73,7 +73,7 @@ def replay(trainer: Trainer, step: int) -> Replay:
     trainer = replace(trainer, on_nonfinite="skip")
     for earlier in range(trainer.first_step, step):
         trainer.train_step(earlier, trainer.train_loader.step(earlier))
-    trainer.optimizer.synchronize_weights()
+    trainer.model.synchronize()
     batch = trainer.train_loader.step(step)
     if trainer.prepare:
         trainer.prepare(batch)
@@ -82,7 +82,9 @@ def replay(trainer: Trainer, step: int) -> Replay:
     ]
     packs = _gather(trainer, mine)
     samples: list[PackReport] = []
-    for k in [pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.mesh.dp_rank]:
+    for k in [
+        pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.model.mesh.dp_rank
+    ]:
         for id_ in batch.pack_samples[k]:
             pack = trainer.train_loader.pack_of([id_])
             _fill(trainer, pack, batch.micro_batches[k])
@@ -95,7 +97,7 @@ def replay(trainer: Trainer, step: int) -> Replay:
 def _fill(trainer: Trainer, pack: PackedBatch, of_step: PackedBatch) -> None:
     """The columns that no loader fills: a kept reference's, computed; a baseline, which is the whole step's."""
     if trainer.prepare and trainer.prepare.reference is not None:
-        fill_reference(trainer.prepare.reference, [pack] * trainer.mesh.layout.micro_batch_multiple)
+        fill_reference(trainer.prepare.reference, [pack] * trainer.model.mesh.layout.micro_batch_multiple)
     if Column.BASELINE in trainer.objective.needs:
         pack.columns = {**pack.columns, Column.BASELINE: of_step.columns[Column.BASELINE]}
 
@@ -104,21 +106,16 @@ def _alone(
     trainer: Trainer, batch: StepBatch, pack: PackedBatch, micro_batch: int, ids: Sequence[int]
 ) -> PackReport:
     """What this pipeline stage and tensor-parallel rank sees of a pack that is the whole step."""
-    times = trainer.mesh.layout.micro_batch_multiple  # an interleaved schedule wants as many
+    times = trainer.model.mesh.layout.micro_batch_multiple  # an interleaved schedule wants as many
     trainer.optimizer.zero_grad()
     with _local_gradients(trainer):
-        sums = run_own(
-            trainer.chunks,
-            replace(batch, micro_batches=[pack] * times),
-            trainer.objective,
-            trainer.mesh,
-            train=True,
-        )
+        alone = replace(batch, micro_batches=[pack] * times)
+        sums = run_own(trainer.model, alone, trainer.objective, train=True)
     loss = sum(
         total / (batch.counts.get(unit, 0) or 1.0)
         for unit, total in zip(UNITS, sums[: len(UNITS), 0].tolist())
     )
-    named = [weight for chunk in trainer.chunks for weight in chunk.module.named_weights()]
+    named = list(trainer.model.named_weights())
     entries = torch.stack(
         [torch.linalg.vector_norm(weight.main_grad, math.inf) for _, weight in named]
     ).tolist()
@@ -130,7 +127,7 @@ def _alone(
         key=_severity,
     )
     places = tuple(trainer.train_loader.cache.place(i) for i in ids)
-    return PackReport(trainer.mesh.dp_rank, micro_batch, loss / times, largest, parameter, places)
+    return PackReport(trainer.model.mesh.dp_rank, micro_batch, loss / times, largest, parameter, places)
 
 
 def _severity(found: tuple[float, str]) -> tuple[bool, float]:
@@ -145,12 +142,12 @@ def _severity(found: tuple[float, str]) -> tuple[bool, float]:
 @contextmanager
 def _local_gradients(trainer: Trainer) -> Iterator[None]:
     """Gradients stay where they are computed: no reduction over data-parallel ranks or shared weights."""
-    config = trainer.chunks[0].config
+    config = trainer.model.config
     before = config.finalize_model_grads_func, config.no_sync_func
     config.finalize_model_grads_func = config.no_sync_func = None
     try:
         with ExitStack() as stack:
-            for chunk in trainer.chunks:
+            for chunk in trainer.model.chunks:
                 stack.enter_context(chunk.no_sync())
             yield
     finally:
@@ -162,8 +159,8 @@ def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
 
     The loss is the last stage's, the same on its tensor-parallel ranks, and zero on the other stages.
     """
-    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(trainer.mesh.world_size)]
-    counts_loss = trainer.mesh.is_last_stage and trainer.mesh.tp_rank == 0
+    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(trainer.model.mesh.world_size)]
+    counts_loss = trainer.model.mesh.is_last_stage and trainer.model.mesh.tp_rank == 0
     dist.all_gather_object(every, [(counts_loss, part) for part in mine])
     merged: dict[tuple[int, int, tuple[str, ...]], PackReport] = {}
     for counts_loss, part in (entry for rank in every for entry in rank):

@@ -26,7 +26,7 @@ from .data.render import template_text
 from .data.sources import read_records, record_format
 from .launch import RankEnv
 from .layout import LayoutConfig, resolve
-from .model import ModelConfig
+from .model_section import ModelConfig
 from .whole_file import whole_file
 
 PACKS_PER_RANK = 8  # between two reports of progress; the schedule needs a multiple of the stages
@@ -96,10 +96,9 @@ def _score(
     dtype: str,
     tokens_per_pack: int,
 ) -> np.ndarray:
-    from .build import build_chunks, load_weights, transformer_config
     from .data.pack import pack_groups
-    from .kernels.parts import choose_parts
     from .mesh import open_mesh, open_world
+    from .model import Model
     from .score import score_values
 
     degrees = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
@@ -120,11 +119,8 @@ def _score(
         open_world(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=30),
         open_mesh(layout, local_rank=env.local_rank, seed=0) as mesh,
     ):
-        model = ModelConfig.model_validate({"hf": Path(), "dtype": dtype})
-        chunks = build_chunks(
-            transformer_config(reader.arch, layout, model), reader.arch, mesh, choose_parts()
-        )
-        load_weights(chunks, reader.arch, mesh, reader.read)
+        section = ModelConfig.model_validate({"hf": Path(), "dtype": dtype})
+        model = Model.open(reader.arch, mesh, section, reader.read)
 
         def steps() -> Iterator[list[Any]]:
             at_once = PACKS_PER_RANK * layout.dp * multiple
@@ -142,4 +138,4 @@ def _score(
                     for ids in mine
                 ]
 
-        return score_values(chunks, steps(), len(groups), mesh)
+        return score_values(model, steps(), len(groups))

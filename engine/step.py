@@ -1,31 +1,26 @@
-"""One step: micro-batches through megatron-core's schedule; each loss divided once, by its global count."""
+"""One step: an objective over the packs of all ranks; each loss divided once, by its global count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from paralign.models.mcore import get_forward_backward_func
-
 from .batch import PackedBatch, StepBatch, Unit
-from .mesh import Mesh
+from .model import Model
 from .objectives import Objective
 from .objectives.base import KnownRowGradient
 
 UNITS = tuple(Unit)
 
 
-def run_step(
-    chunks: Sequence[Any], batch: StepBatch, objective: Objective, mesh: Mesh, *, train: bool
-) -> Tensor:
+def run_step(model: Model, batch: StepBatch, objective: Objective, *, train: bool) -> Tensor:
     """Run the forward passes of a step, and, if `train`, the backward passes and the gradient reduction.
 
     Args:
-        chunks: this rank's model chunks, wrapped for data parallelism if `train`.
+        model: prepared to train if `train`.
         batch: this rank's packs; every rank has as many, all of one length.
 
     Returns:
@@ -33,14 +28,12 @@ def run_step(
         first of the loss in each unit, then of the metrics. Those of several steps may be added up; `report`
         makes numbers of them.
     """
-    totals = mesh.sum_over_data_then_share(run_own(chunks, batch, objective, mesh, train=train))
+    totals = model.mesh.sum_over_data_then_share(run_own(model, batch, objective, train=train))
     totals[: len(UNITS), 1] += torch.tensor([float(batch.counts.get(unit, 0)) for unit in UNITS]).to(totals)
     return totals
 
 
-def run_own(
-    chunks: Sequence[Any], batch: StepBatch, objective: Objective, mesh: Mesh, *, train: bool
-) -> Tensor:
+def run_own(model: Model, batch: StepBatch, objective: Objective, *, train: bool) -> Tensor:
     """`run_step` over this rank's packs only: nothing is summed over ranks.
 
     Returns:
@@ -50,15 +43,14 @@ def run_own(
     known = (
         objective.row_gradient(batch.counts) if train and isinstance(objective, KnownRowGradient) else None
     )
-    results = _schedule(
-        chunks,
+    results = model.run(
         batch.micro_batches,
         partial(_loss, objective=objective, counts=batch.counts),
         train=train,
         row_gradient=known,
     )
     n_rows = len(UNITS) + len(objective.metrics)
-    totals = torch.zeros(n_rows, 2, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(n_rows, 2, dtype=torch.float64, device=model.mesh.device)
     if results:
         totals += torch.stack(results).sum(0)
     return totals
@@ -69,58 +61,6 @@ def report(objective: Objective, sums: Tensor) -> dict[str, float]:
     rows = sums.tolist()
     loss = sum(total / (count or 1.0) for total, count in rows[: len(UNITS)])
     return {"loss": loss, **objective.report(rows[len(UNITS) :])}
-
-
-def run_forward(
-    chunks: Sequence[Any], packs: Sequence[PackedBatch], read: Callable[[Tensor, PackedBatch], Tensor]
-) -> list[Tensor]:
-    """Run forward passes without gradients.
-
-    Args:
-        chunks: this rank's model chunks.
-        packs: this rank's; every rank has as many, all of one length.
-        read: what to keep of a pack, from what the head gave.
-
-    Returns:
-        What was kept, in the order of the packs, on ranks of the last pipeline stage; elsewhere nothing.
-    """
-
-    def keep(out: Tensor, *, pack: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return out.sum(), torch.zeros((), dtype=torch.int, device=out.device), read(out, pack)
-
-    with torch.no_grad():
-        return _schedule(chunks, packs, keep, train=False)
-
-
-def _schedule(
-    chunks: Sequence[Any],
-    packs: Sequence[PackedBatch],
-    loss: Callable[..., Any],
-    *,
-    train: bool,
-    row_gradient: float | None = None,
-) -> list[Tensor]:
-    """Megatron's schedule over the packs; what `loss` reported of each, on the last stage."""
-    iterators = [iter(packs) for _ in chunks]
-    results: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward, loss=loss, row_gradient=row_gradient),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(packs),
-        seq_length=packs[0].tokens_T.shape[0],
-        micro_batch_size=1,
-        forward_only=not train,
-    )
-    return results
-
-
-def _forward(
-    packs: Iterator[PackedBatch], model: Any, *, loss: Callable[..., Any], row_gradient: float | None
-) -> tuple[Tensor, Any]:
-    pack = next(packs)
-    known_R = None if row_gradient is None else row_gradient * pack.weights_R
-    out = model(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, known_R)
-    return out, partial(loss, pack=pack)
 
 
 def _loss(

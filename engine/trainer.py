@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from paralign.models.arch import Arch
 from paralign.models.errors import TrainingError
 
 from .batch import StepBatch
@@ -18,7 +17,7 @@ from .checkpoint.native import NativeCheckpoints
 from .checkpoint.store import Progress
 from .data.loader import PackLoader
 from .generate import Generations
-from .mesh import Mesh
+from .model import Model
 from .objectives import Objective
 from .observe.health import Health
 from .observe.memory import Memory
@@ -46,7 +45,7 @@ class Trainer:
     """Everything that a run is made of, built by run.py.
 
     Attributes:
-        chunks: this rank's model chunks, wrapped for data parallelism.
+        model: prepared to train.
         train_loader, validation: packs to learn from, and by name those to be measured on.
         export: writes the model to a directory; collective.
         export_dir: where `export` puts `iter_0000100/` and, at the end, `final/`.
@@ -55,9 +54,7 @@ class Trainer:
         total_steps: steps of the whole run, of which those before `first_step` are done.
     """
 
-    arch: Arch
-    mesh: Mesh
-    chunks: Sequence[Any]
+    model: Model
     objective: Objective
     optimizer: Optimizer
     schedule: OptimizerConfig
@@ -131,7 +128,7 @@ class Trainer:
         if self.prepare:
             self.prepare(batch)
         marked = replace(batch, micro_batches=self.health.marking(batch.micro_batches))
-        sums = run_step(self.chunks, marked, self.objective, self.mesh, train=True)
+        sums = run_step(self.model, marked, self.objective, train=True)
         self.health.at("optimizer", step)
         update = self.optimizer.step(lr)
         if not update.updated:
@@ -162,15 +159,15 @@ class Trainer:
         """Metrics over every validation set, before step number `step`."""
         go_on = self.throughput.pause()
         self.health.at("evaluation", step)
-        self.optimizer.synchronize_weights()
+        self.model.synchronize()
         values: dict[str, float] = {}
         for name, loader in self.validation.items():
             n_rows = len(UNITS) + len(self.objective.metrics)
-            sums = torch.zeros(n_rows, 2, dtype=torch.float64, device=self.mesh.device)
+            sums = torch.zeros(n_rows, 2, dtype=torch.float64, device=self.model.mesh.device)
             for batch in loader.evaluation():
                 if self.prepare:
                     self.prepare(batch)
-                sums += run_step(self.chunks, batch, self.objective, self.mesh, train=False)
+                sums += run_step(self.model, batch, self.objective, train=False)
             values |= {
                 f"validation/{name}/{metric}": value for metric, value in report(self.objective, sums).items()
             }
@@ -191,7 +188,6 @@ class Trainer:
         """Export the model as it is."""
         go_on = self.throughput.pause()
         self.health.at(f"exporting {name}", self.total_steps)
-        self.optimizer.synchronize_weights()
         self.export(self.export_dir / name)
         go_on()
 
@@ -201,8 +197,9 @@ class Trainer:
         lengths = self.train_loader.cache.lengths[ids]
         n_loss = int(self.train_loader.cache.n_loss[ids].sum())
         effective = float(np.square(lengths).sum()) / max(1, batch.n_tokens)
-        per_token = self.arch.linear_flops_per_token + self.arch.attention_flops_per_token(effective)
-        return 3 * (batch.n_tokens * per_token + n_loss * self.arch.head_flops_per_token)
+        arch = self.model.arch
+        per_token = arch.linear_flops_per_token + arch.attention_flops_per_token(effective)
+        return 3 * (batch.n_tokens * per_token + n_loss * arch.head_flops_per_token)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"stop"},
     {"array_file", "batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
-    {"data", "layout", "model", "objectives", "observe", "recipe_file", "schedule"},
+    {"data", "layout", "model_section", "objectives", "observe", "recipe_file", "schedule"},
     {"mesh", "optim"},
-    {"build", "checkpoint", "step"},
+    {"build"},
+    {"model"},
+    {"checkpoint", "step"},
     {"generate", "recipe", "reference", "rule_table", "score", "scorer", "writing"},
     {"check", "convert", "score_file", "trainer"},
     {"merge", "replay"},

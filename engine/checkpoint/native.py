@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +20,12 @@ from paralign.models.errors import CheckpointError
 from paralign.models.mcore import (
     ON_HOST,
     AsyncCallsQueue,
-    DistributedDataParallel,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
 )
 
-from ..mesh import Mesh
+from ..model import Model
 from ..optim import Optimizer
 from . import store
 from .config import CheckpointConfig
@@ -53,8 +52,7 @@ class NativeCheckpoints:
         self,
         root: Path,
         config: CheckpointConfig,
-        mesh: Mesh,
-        chunks: Sequence[DistributedDataParallel],
+        model: Model,
         optimizer: Optimizer,
         *,
         assets: Assets,
@@ -62,8 +60,8 @@ class NativeCheckpoints:
     ) -> None:
         self.root = root
         self._config = config
-        self._mesh = mesh
-        self._chunks = chunks
+        self._mesh = model.mesh
+        self._model = model
         self._optimizer = optimizer
         self._assets = assets
         self._recipe = recipe
@@ -89,10 +87,10 @@ class NativeCheckpoints:
             partial.mkdir(parents=True)
             (partial / RECIPE).write_text(self._recipe, encoding="utf-8")
             store.write_progress(partial, progress)
-            dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
+            dtype = str(self._model.config.params_dtype).removeprefix("torch.")
             copy_assets(self._assets, partial / ASSETS, dtype=dtype)
         self._mesh.barrier()
-        self._optimizer.synchronize_weights()
+        self._model.synchronize()
         with _main_stays_out_of_processes():
             request = dist_checkpointing.save(
                 self._state(is_loading=False),
@@ -129,14 +127,14 @@ class NativeCheckpoints:
                 "make room and start the run again"
             ) from error
 
-    def load(self, directory: Path, arch: Arch) -> store.Progress:
+    def load(self, directory: Path) -> store.Progress:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
 
         Raises:
             CheckpointError: it is of another model, or holds more than tensors.
         """
         saved = arch_of(directory / ASSETS)
-        if differing := _differences(saved, arch):
+        if differing := _differences(saved, self._model.arch):
             raise CheckpointError(
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
@@ -145,8 +143,8 @@ class NativeCheckpoints:
             state = dist_checkpointing.load(
                 self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(MetadataReader)
             )
-        for key, chunk in self._keyed_chunks():
-            chunk.module.load_state_dict(state[key])
+        for key, module in self._keyed_modules():
+            module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
         return store.read_progress(directory)
 
@@ -156,10 +154,9 @@ class NativeCheckpoints:
             store.rotate(self.root, self._config)
         self._mesh.barrier()
 
-    def _keyed_chunks(self) -> list[tuple[str, DistributedDataParallel]]:
-        if len(self._chunks) == 1:
-            return [("model", self._chunks[0])]
-        return [(f"model{i}", chunk) for i, chunk in enumerate(self._chunks)]
+    def _keyed_modules(self) -> list[tuple[str, Any]]:
+        modules = self._model.modules
+        return [("model" if len(modules) == 1 else f"model{i}", module) for i, module in enumerate(modules)]
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
@@ -173,7 +170,7 @@ class NativeCheckpoints:
             "non_homogeneous_layers": True,
         }
         state: dict[str, Any] = {
-            key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in self._keyed_chunks()
+            key: module.sharded_state_dict(metadata=metadata) for key, module in self._keyed_modules()
         }
         state["optimizer"] = self._optimizer.megatron.sharded_state_dict(
             state, is_loading=is_loading, metadata=metadata

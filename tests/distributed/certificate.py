@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paralign.engine.batch import PackedBatch, StepBatch, Unit
-from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
@@ -87,12 +86,11 @@ def certify(rank: int, world_size: int, case: Case) -> Row:
     )
     objective = OBJECTIVES["sft"]()
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32", **case.model))
-        chunks = build_chunks(config, arch, mesh, choose_parts())
-        load_weights(chunks, arch, mesh, reference.weights.__getitem__)
-        wrapped = wrap_for_data_parallel(chunks, config, layout)
+        section = ModelConfig(hf=Path(), dtype="fp32", **case.model)
+        model = Model.open(arch, mesh, section, reference.weights.__getitem__)
+        model.prepare_to_train()
         optimizer = Optimizer(
-            wrapped,
+            model.chunks,
             OptimizerConfig(
                 lr=LR,
                 lr_decay_style="constant",
@@ -110,14 +108,14 @@ def certify(rank: int, world_size: int, case: Case) -> Row:
         worst = (0.0, "")
         for step in range(STEPS):
             optimizer.zero_grad()
-            sums = run_step(wrapped, step_batch(case, mesh), objective, mesh, train=True)
+            sums = run_step(model, step_batch(case, mesh), objective, train=True)
             losses.append((sums[0, 0] / sums[0, 1]).item())
             if step == 0:
-                _gather_gradients(wrapped, mesh)
-                worst = _worst_gradient(chunks, reference.gradients, arch, mesh)
+                _gather_gradients(model)
+                worst = _worst_gradient(model, reference.gradients)
             norms.append(optimizer.step(LR).grad_norm)
-        optimizer.synchronize_weights()
-        sums = run_step(wrapped, step_batch(case, mesh), objective, mesh, train=False)
+        model.synchronize()
+        sums = run_step(model, step_batch(case, mesh), objective, train=False)
         losses.append((sums[0, 0] / sums[0, 1]).item())
         worsts: list[Any] = [None] * world_size
         dist.all_gather_object(worsts, worst)
@@ -131,11 +129,12 @@ def certify(rank: int, world_size: int, case: Case) -> Row:
     )
 
 
-def _gather_gradients(wrapped: Sequence[Any], mesh: Mesh) -> None:
+def _gather_gradients(model: Model) -> None:
     """Undo the scattering over data-parallel ranks, so that `main_grad` is whole on each."""
+    mesh = model.mesh
     if mesh.layout.dp == 1:
         return
-    for chunk in wrapped:
+    for chunk in model.chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.chunk(mesh.layout.dp))
@@ -143,17 +142,14 @@ def _gather_gradients(wrapped: Sequence[Any], mesh: Mesh) -> None:
                 dist.all_gather(shards, mine, group=mesh.dp_group)
 
 
-def _worst_gradient(
-    chunks: Sequence[Any], gradients: Mapping[str, Tensor], arch: Any, mesh: Mesh
-) -> tuple[float, str]:
+def _worst_gradient(model: Model, gradients: Mapping[str, Tensor]) -> tuple[float, str]:
     """Largest error relative to the largest entry of the reference's gradient, over this rank's parameters."""
-    rules = {rule.native: rule for rule in rules_for(arch)}
+    rules = {rule.native: rule for rule in rules_for(model.arch)}
     worst = (0.0, "")
-    for chunk in chunks:
-        for name, parameter in chunk.named_weights():
-            rule = rules[name]
-            expected = rule.slice(gradients.__getitem__, mesh.tp_rank, mesh.layout.tp)
-            scale = max(gradients[n].abs().max().item() for n in rule.hf)
-            error = (parameter.main_grad - expected).abs().max().item() / scale
-            worst = max(worst, (error, name))
+    for name, parameter in model.named_weights():
+        rule: Any = rules[name]
+        expected = rule.slice(gradients.__getitem__, model.mesh.tp_rank, model.mesh.layout.tp)
+        scale = max(gradients[n].abs().max().item() for n in rule.hf)
+        error = (parameter.main_grad - expected).abs().max().item() / scale  # type: ignore[attr-defined]
+        worst = max(worst, (error, name))
     return worst

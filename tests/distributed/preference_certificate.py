@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 
 from paralign.engine.batch import Column, Head, PackedBatch, StepBatch, Unit
-from paralign.engine.build import build_chunks, load_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.answers import AnswerLayout, Group, mismatch, rows_of
 from paralign.engine.data.pack import pack_groups
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import Objective, build_objective
 from paralign.engine.score import fill_baseline, fill_reference, score_answers
 from paralign.engine.step import report, run_step
@@ -75,22 +74,21 @@ def certify_preferences(
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
         for head in (Head.LM, Head.SCALAR):
             arch = lm_arch.with_scalar_head() if head is Head.SCALAR else lm_arch
-            config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32", **model_keys))
-            chunks = build_chunks(config, arch, mesh, choose_parts())
-            load_weights(chunks, arch, mesh, reference.weights.__getitem__)
-            wrapped = wrap_for_data_parallel(chunks, config, layout)
+            section = ModelConfig(hf=Path(), dtype="fp32", **model_keys)
+            model = Model.open(arch, mesh, section, reference.weights.__getitem__)
+            model.prepare_to_train()
             for i, case in enumerate(cases):
                 objective = build_objective(case.config)
                 if objective.head is not head:
                     continue
-                for chunk in wrapped:
+                for chunk in model.chunks:
                     chunk.zero_grad_buffer()
                 batch = preference_step(case, objective, reference, mesh)
                 if Column.BASELINE in objective.needs:
-                    fill_baseline(wrapped, batch.micro_batches, batch.mismatched, mesh)
-                values = report(objective, run_step(wrapped, batch, objective, mesh, train=True))
-                _gather_gradients(wrapped, mesh)
-                worst = _worst_gradient(chunks, reference.gradients[case.name], arch, mesh)
+                    fill_baseline(model, batch.micro_batches, batch.mismatched)
+                values = report(objective, run_step(model, batch, objective, train=True))
+                _gather_gradients(model)
+                worst = _worst_gradient(model, reference.gradients[case.name])
                 worsts: list[Any] = [None] * world_size
                 dist.all_gather_object(worsts, worst)
                 error = abs(values["loss"] / reference.losses[case.name] - 1)
@@ -181,20 +179,18 @@ def first_loss(
     )
     objective = build_objective(case.config)
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32"))
-        chunks = build_chunks(config, arch, mesh, choose_parts())
-        load_weights(chunks, arch, mesh, reference.weights.__getitem__)
+        section = ModelConfig(hf=Path(), dtype="fp32")
+        model = Model.open(arch, mesh, section, reference.weights.__getitem__)
         n_answers = 2 * len(case.groups)
         other_plan = replace(case.plan, packs=case.plan.packs[::-1])
         untold = replace(reference, ref_logprobs={"pairs": np.zeros(n_answers)})
         packs = preference_step(replace(case, plan=other_plan), objective, untold, mesh).micro_batches
-        cached = score_answers(chunks, [packs], n_answers, mesh)
-        wrapped = wrap_for_data_parallel(chunks, config, layout)
+        cached = score_answers(model, [packs], n_answers)
         losses = []
         for ref in (cached, None):
             told = replace(reference, ref_logprobs={"pairs": np.zeros(n_answers) if ref is None else ref})
             batch = preference_step(case, objective, told, mesh)
             if ref is None:
-                fill_reference(wrapped, batch.micro_batches)
-            losses.append(report(objective, run_step(wrapped, batch, objective, mesh, train=False))["loss"])
+                fill_reference(model, batch.micro_batches)
+            losses.append(report(objective, run_step(model, batch, objective, train=False))["loss"])
     return losses[0], losses[1]

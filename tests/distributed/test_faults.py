@@ -176,10 +176,10 @@ def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
 
     run_step, steps = module.run_step, iter(range(1000))
 
-    def poisoned(chunks: Any, batch: Any, objective: Any, mesh: Any, **options: Any) -> Any:
-        sums = run_step(chunks, batch, objective, mesh, **options)
-        if next(steps) == 6 and mesh.is_last_stage and mesh.tp_rank == 1:
-            divided = (p for p in chunks[0].parameters() if getattr(p, "tensor_model_parallel", False))
+    def poisoned(model: Any, batch: Any, objective: Any, **options: Any) -> Any:
+        sums = run_step(model, batch, objective, **options)
+        if next(steps) == 6 and model.mesh.is_last_stage and model.mesh.tp_rank == 1:
+            divided = (p for p in model.chunks[0].parameters() if getattr(p, "tensor_model_parallel", False))
             next(divided).main_grad.view(-1)[0] = float("nan")
         return sums
 

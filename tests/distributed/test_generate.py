@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from paralign.engine.build import build_chunks, load_weights, transformer_config
 from paralign.engine.generate import greedy
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.observe.metrics import read_metrics
 from paralign.models import arch_from_hf
 
@@ -34,19 +33,18 @@ def answer(rank: int, world_size: int, path: Path, keys: dict[str, Any], stops: 
         LayoutConfig(**keys), arch, world_size=world_size, global_batch_size=4, tokens_per_pack=ROWS
     )
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="fp32"))
-        chunks = build_chunks(config, arch, mesh, choose_parts())
-        load_weights(chunks, arch, mesh, saved["weights"].__getitem__)
-        before = [chunk.output_layer.token_logprob for chunk in chunks if chunk.post_process]
+        section = ModelConfig(hf=Path(), dtype="fp32")
+        model = Model.open(arch, mesh, section, saved["weights"].__getitem__)
+        heads = [module.output_layer for module in model.modules if module.post_process]
+        before = [head.token_logprob for head in heads]
         answers = greedy(
-            chunks,
-            mesh,
+            model,
             [np.array(tokens, dtype=np.int32) for tokens in PROMPTS],
             tokens_per_pack=ROWS,
             max_new_tokens=MAX_NEW_TOKENS,
             stops=frozenset(stops),
         )
-        assert before == [chunk.output_layer.token_logprob for chunk in chunks if chunk.post_process]
+        assert before == [head.token_logprob for head in heads]
     return answers
 
 

@@ -11,13 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
+from paralign.engine import model as model_room
 from paralign.engine.build import (
     DTYPES,
     build_chunks,
-    load_weights,
     random_weights,
     transformer_config,
-    wrap_for_data_parallel,
 )
 from paralign.engine.kernels import parts
 from paralign.engine.kernels.library import Found
@@ -25,7 +24,8 @@ from paralign.engine.kernels.parts import fused_parts, torch_parts
 from paralign.engine.kernels.token_logprob import token_logprob
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
 from paralign.engine.optim import FusedAdamW, Optimizer
 from paralign.engine.schedule import OptimizerConfig
@@ -45,14 +45,14 @@ PLAN = PLANS["8 packs of 96, in order"]
 CLIP = 0.1
 
 
-def fused_parts_in_chunks() -> Parts:
+def fused_parts_in_chunks(*_: str) -> Parts:
     """Logits of a few rows at a time, so that the head makes its gradients in the forward pass."""
     return replace(fused_parts(), token_logprob=partial(token_logprob, workspace_bytes=2**13))
 
 
 def certify_fused(rank: int, world_size: int, case: Case) -> Row:
     with (
-        mock.patch.object(certificate, "choose_parts", fused_parts_in_chunks),
+        mock.patch.object(model_room, "choose_parts", fused_parts_in_chunks),
         mock.patch.object(certificate, "Optimizer", partial(Optimizer, fused=True)),
     ):
         return certify(rank, world_size, case)
@@ -103,20 +103,19 @@ def train_in_bf16(
     )
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
         config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="bf16"))
-        chunks = build_chunks(config, arch, mesh, torch_parts())
-        read = random_weights(arch, seed=0, dtype=DTYPES["bf16"], device=mesh.device)
-        load_weights(chunks, arch, mesh, read)
-        wrapped = wrap_for_data_parallel(chunks, config, layout)
+        model = Model(build_chunks(config, arch, mesh, torch_parts()), config, arch, mesh)
+        model.load(random_weights(arch, seed=0, dtype=DTYPES["bf16"], device=mesh.device))
+        model.prepare_to_train()
         settings = OptimizerConfig(lr=1e-3, lr_decay_style="constant", weight_decay=0.1, clip_grad=CLIP)
-        optimizer = Optimizer(wrapped, settings, layout, DTYPES["bf16"], fused=fused)
+        optimizer = Optimizer(model.chunks, settings, layout, DTYPES["bf16"], fused=fused)
         part = optimizer.megatron.chained_optimizers[0]
         assert isinstance(part.optimizer, FusedAdamW) == fused
         norms, after_one_step = [], []
         for _ in range(3):
             optimizer.zero_grad()
-            run_step(wrapped, step_batch(case, mesh), OBJECTIVES["sft"](), mesh, train=True)
+            run_step(model, step_batch(case, mesh), OBJECTIVES["sft"](), train=True)
             norms.append(optimizer.step(1e-3).grad_norm)
-            optimizer.synchronize_weights()
+            model.synchronize()
             for mains, weights in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups):
                 for main, weight in zip(mains, weights):
                     place = part._get_model_param_range_map(weight)["param"]

@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paralign.engine.batch import Column, LossSum, PackedBatch, StepBatch, Unit
-from paralign.engine.build import build_chunks, load_weights, transformer_config
 from paralign.engine.checkpoint.export import export_hf
 from paralign.engine.checkpoint.hf import Assets, HFReader
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.kernels.parts import choose_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
-from paralign.engine.model import ModelConfig
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
 from paralign.engine.step import UNITS, run_step
 
 from .pool import RankPool
@@ -63,22 +62,18 @@ def round_trip(
     layout = resolve(
         LayoutConfig(**degrees), reader.arch, world_size=world_size, global_batch_size=4, tokens_per_pack=ROWS
     )
-    model = ModelConfig(hf=source, dtype=dtype)
+    section = ModelConfig(hf=source, dtype=dtype)
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        config = transformer_config(reader.arch, layout, model)
-        chunks = build_chunks(config, reader.arch, mesh, choose_parts())
-        load_weights(chunks, reader.arch, mesh, reader.read if mesh.dp_rank == 0 else _never)
+        model = Model.open(reader.arch, mesh, section, reader.read if mesh.dp_rank == 0 else _never)
         real, empty = (pack_chats(samples, ROWS, mesh.device) for samples in (SAMPLES, []))
         packs = [real if mesh.dp_rank == 0 else empty, empty]
         batch = StepBatch(packs, {Unit.TOKEN: 1}, n_samples=1, n_tokens=1, sample_ids=())
-        sums = run_step(chunks, batch, EachRow(), mesh, train=False)
+        sums = run_step(model, batch, EachRow(), train=False)
         export_hf(
-            chunks,
-            reader.arch,
-            mesh,
+            model,
             target,
             assets=Assets(source, source),
-            dtype=config.params_dtype,
+            dtype=model.config.params_dtype,
             max_shard_bytes=200_000,
         )
     return sums[len(UNITS) :, 0].tolist()

@@ -1,0 +1,134 @@
+"""A model lends its place and gets it back to the bit, and hands on its tensors in buckets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paralign.engine.build import DTYPES, random_weights
+from paralign.engine.layout import LayoutConfig, resolve
+from paralign.engine.mesh import open_mesh
+from paralign.engine.model import Model
+from paralign.engine.model_section import ModelConfig
+from paralign.engine.objectives import OBJECTIVES
+from paralign.engine.optim import Optimizer
+from paralign.engine.schedule import OptimizerConfig
+from paralign.engine.step import run_step
+from paralign.models import arch_from_hf, rules_for
+
+from .certificate import Case, step_batch
+from .pool import RankPool
+from .reference import make_samples, tiny_model
+from .test_certificate import LAYOUTS, OVERLAP, PLANS
+
+SAMPLES, PLAN = make_samples(), PLANS["8 packs of 96, in order"]
+SETTINGS = OptimizerConfig(lr=1e-2, lr_decay_style="constant", lr_warmup_steps=0, weight_decay=0.1)
+CASES: dict[str, tuple[int, dict[str, Any], str, str]] = {
+    # In fp32 the optimizer's main weights are views of the buffer that holds the model's.
+    "DP2, overlap, fp32": (2, {**LAYOUTS["DP2"][1], **OVERLAP}, "fp32", "llama"),
+    "DP2, overlap, bf16": (2, {**LAYOUTS["DP2"][1], **OVERLAP}, "bf16", "llama"),
+    "PP2×VPP2, tied, fp32": (2, dict(LAYOUTS["PP2×VPP2"][1]), "fp32", "qwen2"),
+    "TP2×PP2×DP2+SP, tied, bf16": (8, {**LAYOUTS["TP2×PP2×DP2+SP"][1], **OVERLAP}, "bf16", "qwen2"),
+}
+
+
+def _bits(model: Model, optimizer: Optimizer) -> list[Tensor]:
+    """Copies of the weights, and of what the optimizer updates."""
+    mains = [main for group in optimizer.megatron.param_groups for main in group["params"]]
+    return [tensor.detach().clone() for tensor in (*(weight for _, weight in model.named_weights()), *mains)]
+
+
+def lend_between_steps(
+    rank: int, world_size: int, keys: dict[str, Any], dtype: str, family: str
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of three steps: undisturbed, and with the place lent after each of them."""
+    config = tiny_model(family).config
+    arch = arch_from_hf(config.to_dict() | {"architectures": [type(tiny_model(family)).__name__]})
+    layout = resolve(
+        LayoutConfig(**keys), arch, world_size=world_size, global_batch_size=8, tokens_per_pack=96
+    )
+    case = Case(world_size, keys, {}, Path(), SAMPLES, PLAN)
+    objective, section = OBJECTIVES["sft"](), ModelConfig(hf=Path(), dtype=dtype)  # type: ignore[arg-type]
+    told: list[list[float]] = []
+    with open_mesh(layout, local_rank=rank, seed=1) as mesh:
+        ours, others = (
+            random_weights(arch, seed=seed, dtype=DTYPES[dtype], device=mesh.device) for seed in (1, 2)
+        )
+        other = Model.open(arch, mesh, section, others)
+        for lends in (False, True):
+            model = Model.open(arch, mesh, section, ours)
+            model.prepare_to_train()
+            optimizer = Optimizer(model.chunks, SETTINGS, layout, DTYPES[dtype])
+            seen: list[float] = []
+            for _ in range(3):
+                optimizer.zero_grad()
+                batch = step_batch(case, mesh)
+                seen += run_step(model, batch, objective, train=True)[0].tolist()
+                seen.append(optimizer.step(1e-2).grad_norm)
+                if lends:
+                    _lend(model, other, optimizer, others, batch)
+            told.append(seen)
+    return told[0], told[1]
+
+
+def _lend(model: Model, other: Model, optimizer: Optimizer, read: Any, batch: Any) -> None:
+    model.synchronize()
+    before = _bits(model, optimizer)
+    packs = batch.micro_batches
+    with model.lent(read):
+        lent = model.read(packs, lambda out, pack: out.clone())
+    expected = other.read(packs, lambda out, pack: out.clone())
+    assert all(map(torch.equal, lent, expected))
+    assert all(map(torch.equal, _bits(model, optimizer), before))
+
+    def fail() -> None:
+        assert not all(map(torch.equal, _bits(model, optimizer), before))
+        raise RuntimeError("in the midst")
+
+    with pytest.raises(RuntimeError, match="in the midst"), model.lent(read):
+        fail()
+    assert all(map(torch.equal, _bits(model, optimizer), before))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_next_step_is_that_of_a_model_that_lent_nothing(name: str, ranks: RankPool) -> None:
+    world_size, keys, dtype, family = CASES[name]
+    for undisturbed, lent in ranks.run(world_size, lend_between_steps, keys, dtype, family):
+        assert lent == undisturbed
+
+
+def buckets_of(
+    rank: int, world_size: int, keys: dict[str, Any], bucket_bytes: int
+) -> list[dict[str, Tensor]]:
+    arch = arch_from_hf(tiny_model("llama").config.to_dict())
+    layout = resolve(
+        LayoutConfig(**keys), arch, world_size=world_size, global_batch_size=8, tokens_per_pack=96
+    )
+    with open_mesh(layout, local_rank=rank, seed=1) as mesh:
+        read = random_weights(arch, seed=1, dtype=torch.float32, device=mesh.device)
+        model = Model.open(arch, mesh, ModelConfig(hf=Path(), dtype="fp32"), read)
+        buckets = [
+            {name: tensor.clone() for name, tensor in bucket.items()}
+            for bucket in model.tensors(bucket_bytes)
+        ]
+        dist.barrier()
+    return buckets
+
+
+def test_tensors_come_whole_once_and_in_bounded_buckets(ranks: RankPool) -> None:
+    world_size, keys, _ = LAYOUTS["TP2×PP2×DP2+SP"]
+    arch = arch_from_hf(tiny_model("llama").config.to_dict())
+    largest = max(4 * sum(torch.Size(shape).numel() for shape in rule.hf_shapes) for rule in rules_for(arch))
+    every = ranks.run(world_size, buckets_of, dict(keys), largest)
+    named = [(name, tensor) for buckets in every for bucket in buckets for name, tensor in bucket.items()]
+    read = random_weights(arch, seed=1, dtype=torch.float32, device=torch.device("cpu"))
+    assert sorted(name for name, _ in named) == sorted(name for rule in rules_for(arch) for name in rule.hf)
+    assert all(torch.equal(tensor, read(name)) for name, tensor in named)
+    sizes = [sum(tensor.nbytes for tensor in bucket.values()) for buckets in every for bucket in buckets]
+    assert max(sizes) < 2 * largest
+    assert sum(size > 0 for size in sizes) > 4
