@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from one_rank import one_rank
 from preference import best_packs, padded_packs
@@ -64,7 +63,7 @@ from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import SFT, Objective
 from paralign.engine.objectives.dpo import DPO, DPOConfig
 from paralign.engine.optim import Optimizer
-from paralign.engine.score import fill_reference
+from paralign.engine.score import KeptReference
 from paralign.engine.step import report, run_step
 from paralign.models import arch_from_hf
 
@@ -93,21 +92,20 @@ def ours_dpo(
     """Paralign's DPO step; `shared` computes a prompt once and keeps the reference's log-probabilities."""
     objective = DPO(DPOConfig(name="dpo", beta=BETA))
     layout = AnswerLayout(objective.needs, Head.LM, share_prefix=way == "shared")
-    nothing = np.zeros(2 * len(pairs))
     if way == "padded":
-        packs: list[PackedBatch] = padded_packs(pairs, layout, nothing, device)
+        packs: list[PackedBatch] = padded_packs(pairs, layout, device)
     else:
-        packs = best_packs(pairs, layout, nothing, device, tokens_per_pack=geometry.tokens_per_pack)
+        packs = best_packs(pairs, layout, device, tokens_per_pack=geometry.tokens_per_pack)
     batch = StepBatch(packs, {Unit.PAIR: len(pairs), Unit.TOKEN: 1}, len(pairs), 0, ())
     with trainer(geometry, len(packs), dtype, "auto", reference=True) as (step, kept):
-        reference = kept.pop()
-        fill_reference(reference, packs)
+        reference = KeptReference(kept.pop())
+        reference.fill(batch)
         if way == "shared":
             reference = None  # and out of memory
 
         def train() -> float:
             if reference is not None:
-                fill_reference(reference, packs)
+                reference.fill(batch)
             return step(batch, objective)
 
         return measure(train, steps, device)

@@ -46,7 +46,7 @@ from paralign.engine.mesh import open_mesh
 from paralign.engine.model import Model
 from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives.dpo import DPO, DPOConfig
-from paralign.engine.score import fill_reference
+from paralign.engine.score import KeptReference, put_reference
 from paralign.engine.step import run_step
 from paralign.models import arch_from_hf
 
@@ -124,7 +124,6 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
     objective = DPO(DPOConfig(name="dpo", beta=BETA))
     shared = AnswerLayout(objective.needs, Head.LM, share_prefix=True)
     unshared = replace(shared, share_prefix=False)
-    reference = np.zeros(2 * len(pairs))
     weights = model.state_dict()
     arch = arch_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     layout = resolve(
@@ -141,6 +140,7 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
         section = ModelConfig(hf=Path(), dtype="fp32")
         policy, kept = (Model.open(arch, mesh, section, weights.__getitem__) for _ in range(2))
         policy.prepare_to_train()
+        reference = KeptReference(kept)
 
         def run(name: str, packs: list[PackedBatch], online: bool) -> Row:
             batch = StepBatch(packs, {Unit.PAIR: len(pairs), Unit.TOKEN: 1}, len(pairs), 0, ())
@@ -148,7 +148,7 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
             def step() -> None:
                 policy.chunks[0].zero_grad_buffer()
                 if online:
-                    fill_reference(kept, packs)
+                    reference.fill(batch)
                 run_step(policy, batch, objective, train=True)
 
             rows = sum(pack.tokens_T.shape[0] for pack in packs) * (1 + online)
@@ -157,15 +157,15 @@ def ours(model: Any, pairs: Sequence[Group], repeats: int) -> list[Row]:
             return Row(name, rows, seconds, len(pairs) / seconds)
 
         return [
-            run("padded", padded_packs(pairs, unshared, reference), True),
-            run("packed", best_packs(pairs, unshared, reference), True),
-            run("+ shared", best_packs(pairs, shared, reference), True),
-            run("+ cached", best_packs(pairs, shared, reference), False),
+            run("padded", padded_packs(pairs, unshared), True),
+            run("packed", best_packs(pairs, unshared), True),
+            run("+ shared", best_packs(pairs, shared), True),
+            run("+ cached", best_packs(pairs, shared), False),
         ]
 
 
 def padded_packs(
-    pairs: Sequence[Group], layout: AnswerLayout, reference: np.ndarray, device: torch.device = CPU
+    pairs: Sequence[Group], layout: AnswerLayout, device: torch.device = CPU
 ) -> list[PackedBatch]:
     """A pack for each batch, as long as its sequences are together once all are padded to the longest."""
     packs = []
@@ -176,8 +176,8 @@ def padded_packs(
             replace(pair, answers=tuple(_pad(a, longest - len(pair.prompt)) for a in pair.answers))
             for pair in batch
         ]
-        packs.append(pack_groups(padded, 2 * len(batch) * longest, device, layout, reference))
-    return packs
+        packs.append(pack_groups(padded, 2 * len(batch) * longest, device, layout))
+    return _with_a_reference(packs, len(pairs))
 
 
 def _pad(answer: Answer, length: int) -> Answer:
@@ -192,17 +192,23 @@ def _pad(answer: Answer, length: int) -> Answer:
 def best_packs(
     pairs: Sequence[Group],
     layout: AnswerLayout,
-    reference: np.ndarray,
     device: torch.device = CPU,
     *,
     tokens_per_pack: int = TOKENS_PER_PACK,
 ) -> list[PackedBatch]:
     lengths = np.array([rows_of(pair, layout) for pair in pairs])
     plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
-    return [
-        pack_groups([pairs[i] for i in plan.pack(k)], tokens_per_pack, device, layout, reference)
+    packs = [
+        pack_groups([pairs[i] for i in plan.pack(k)], tokens_per_pack, device, layout)
         for k in range(len(plan))
     ]
+    return _with_a_reference(packs, len(pairs))
+
+
+def _with_a_reference(packs: list[PackedBatch], n_pairs: int) -> list[PackedBatch]:
+    """The packs with log-probabilities as if they had been stored; what they are costs nothing."""
+    put_reference(packs, torch.zeros(2 * n_pairs, dtype=torch.float64, device=packs[0].tokens_T.device))
+    return packs
 
 
 def as_text(pairs: Sequence[Group]) -> tuple[Any, Any]:

@@ -21,11 +21,12 @@ from paralign.models.errors import DataError, RecipeError, WeightsError
 from .batch import Column, Head
 from .checkpoint.hf import arch_of
 from .checkpoint.source import open_source
+from .columns import BASELINE, REFERENCE, Source, in_order
 from .data.answers import AnswerLayout
 from .data.cache import TokenCache, build_or_open
 from .data.config import SourceConfig
 from .data.epochs import Epochs, StepStatistics, step_statistics
-from .data.preference import Kind
+from .data.preference import GIVEN, Kind
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
@@ -109,6 +110,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     """
     config, data, train = recipe.layout, recipe.data, recipe.train
     objective = build_objective(recipe.objective)
+    sources_of_columns(recipe)
     arch = _arch_to_train(recipe, objective)
     layout = resolve(
         config,
@@ -190,6 +192,13 @@ def record_kind(recipe: Recipe) -> Kind:
     if not isinstance(recipe.objective, AnswerSection):
         return Kind.CONVERSATIONS
     return Kind.LABELLED if Column.DESIRABLE in build_objective(recipe.objective).needs else Kind.PAIRS
+
+
+def sources_of_columns(recipe: Recipe) -> list[Source]:
+    """What fills the columns that no data give, in order; RecipeError if that does not come out."""
+    data = Source("the data", gives=GIVEN[record_kind(recipe)])
+    others = [REFERENCE] if isinstance(recipe.objective, ReferenceSection) else []
+    return in_order(build_objective(recipe.objective).needs, data, [*others, BASELINE])
 
 
 def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import CheckpointError, ParalignError, RecipeError
 
-from .check import CheckReport, check
+from .check import CheckReport, check, sources_of_columns
 from .checkpoint import store
 from .checkpoint.hf import Assets, arch_of, parse_size
 from .checkpoint.source import open_source
+from .columns import BASELINE, REFERENCE, Filler
 from .data.cache import stop_token
 from .data.render import template_text
 from .launch import RankEnv, rank_environment
@@ -193,7 +194,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     from .observe.profiler import Profiler
     from .observe.throughput import Throughput, peak_flops
     from .optim import Optimizer
-    from .score import Preparation
     from .scorer import scorer_of
     from .trainer import Cadence, Trainer
 
@@ -211,9 +211,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     loaders = {name: PackLoader(cache, **options) for name, cache in report.caches.items()}
     read = _weights_to_start_from(recipe, arch, mesh)
     model = Model.open(arch, mesh, recipe.model, read)
-    reference = None
-    if isinstance(recipe.objective, ReferenceSection):
-        reference = build_reference(report, model, read, loaders)
+    fillers = build_fillers(report, model, read, loaders)
     model.prepare_to_train()
     optimizer = Optimizer(model.chunks, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
 
@@ -323,7 +321,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         first_step=first_step,
         total_steps=report.total_steps,
         generations=generations,
-        prepare=Preparation(model, objective.needs, reference),
+        fillers={name.removeprefix("validation/"): found for name, found in fillers.items()},
     )
 
 
@@ -340,10 +338,27 @@ def _weights_to_start_from(recipe: Recipe, arch: Arch, mesh: Mesh) -> Read:
     return lambda name: drawn(name) if name == "score.weight" else reader.read(name)
 
 
+def build_fillers(
+    report: CheckReport, policy: Model, read: Read, loaders: Mapping[str, Any]
+) -> dict[str, list[Filler]]:
+    """For each set what fills the columns of its steps that no loader gives, in order."""
+    from .score import Baseline
+
+    fillers: dict[str, list[Filler]] = {name: [] for name in loaders}
+    for source in sources_of_columns(report.recipe):
+        found = {
+            REFERENCE: lambda: build_reference(report, policy, read, loaders),
+            BASELINE: lambda: dict.fromkeys(loaders, Baseline(policy)),
+        }[source]()
+        for name in loaders:
+            fillers[name].append(found[name])
+    return fillers
+
+
 def build_reference(
     report: CheckReport, policy: Model, read: Read, loaders: Mapping[str, Any]
-) -> Model | None:
-    """A reference model that is kept; or none, and its log-probabilities in the loaders.
+) -> Mapping[str, Filler]:
+    """For each set a reference model that is kept, or its log-probabilities.
 
     Where they have to be computed, the policy lends its place, so that no second model is ever in memory.
 
@@ -353,8 +368,8 @@ def build_reference(
     """
     from .build import DTYPES
     from .model import Model
-    from .reference import MadeBy, fill_from_disk_or_score, weights_digest
-    from .score import score_answers
+    from .reference import MadeBy, read_or_score, weights_digest
+    from .score import KeptReference, score_answers
 
     recipe, arch, section = report.recipe, report.arch, report.recipe.objective
     assert isinstance(section, ReferenceSection)
@@ -368,7 +383,8 @@ def build_reference(
         )
     read_reference = open_source(directory).read if other else read
     if section.reference == "online":
-        return Model.open(arch, policy.mesh, recipe.model, read_reference)
+        kept = KeptReference(Model.open(arch, policy.mesh, recipe.model, read_reference))
+        return dict.fromkeys(loaders, kept)
     template = template_text(recipe.data.chat_template) or "tokenizer"
     dtype = str(DTYPES[recipe.model.dtype])
     if recipe.model.init == "random" and not other:
@@ -381,8 +397,7 @@ def build_reference(
         with policy.lent(read_reference) if other else nullcontext():
             return score_answers(policy, steps, n_answers)
 
-    fill_from_disk_or_score(loaders, made_by, policy.mesh, score, total_steps=report.total_steps)
-    return None
+    return read_or_score(loaders, made_by, policy.mesh, score, total_steps=report.total_steps)
 
 
 def _resume(checkpoints: Any, directory: Path, data: str) -> int:

@@ -28,6 +28,7 @@ from .checkpoint.tensorfile import MappedFile, read_header
 from .data.loader import PackLoader
 from .data.token_files import samples_key
 from .mesh import Mesh
+from .score import StoredReference
 from .whole_file import whole_file
 
 SAMPLE_BYTES = 1 << 12  # of each tensor, at its beginning, middle and end
@@ -69,10 +70,10 @@ def weights_digest(directory: Path, *, dtype: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def fill_from_disk_or_score(
+def read_or_score(
     loaders: Mapping[str, PackLoader], made_by: MadeBy, mesh: Mesh, score: Score, *, total_steps: int
-) -> None:
-    """Gives every loader the log-probabilities of its answers, and of its mismatched answers if it has any.
+) -> dict[str, StoredReference]:
+    """For every loader the log-probabilities of its answers, and of its mismatched answers if it has any.
 
     Args:
         loaders: `train`, whose steps are `total_steps`, and validation sets, which are one epoch each.
@@ -81,25 +82,20 @@ def fill_from_disk_or_score(
     Raises:
         DataError: a file that was made by other weights, data or template.
     """
+    found: dict[str, StoredReference] = {}
     for name, loader in loaders.items():
         directory = loader.cache.directory
         mine = MadeBy(made_by.weights, samples_key(directory), made_by.template)
-        loader.reference = _stored(
-            directory / f"reference-{mine.weights[:16]}.npz",
-            mine,
-            mesh,
-            partial(_score_all, score, loader),
-        )
-        if not loader.needs_mismatched:
-            continue
-        steps = range(total_steps if name == "train" else loader.epochs.first_step(1))
-        key = hashlib.sha256(f"{loader.fingerprint} {len(steps)}".encode()).hexdigest()[:16]
-        loader.mismatched_reference = _stored(
-            directory / f"mismatched-{mine.weights[:16]}-{key}.npz",
-            mine,
-            mesh,
-            partial(_score_mismatched, score, loader, steps),
-        )
+        path = directory / f"reference-{mine.weights[:16]}.npz"
+        values, mismatched = _stored(path, mine, mesh, partial(_score_all, score, loader)), None
+        if loader.needs_mismatched:
+            steps = range(total_steps if name == "train" else loader.epochs.first_step(1))
+            key = hashlib.sha256(f"{loader.fingerprint} {len(steps)}".encode()).hexdigest()[:16]
+            path = directory / f"mismatched-{mine.weights[:16]}-{key}.npz"
+            mismatched = _stored(path, mine, mesh, partial(_score_mismatched, score, loader, steps))
+        on_device = [None if v is None else torch.from_numpy(v).to(mesh.device) for v in (values, mismatched)]
+        found[name] = StoredReference(*on_device)
+    return found
 
 
 def read_reference(path: Path, mine: MadeBy) -> np.ndarray:

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from .batch import Column, PackedBatch, StepBatch
-from .score import fill_reference
+from .batch import PackedBatch, StepBatch
 from .step import UNITS, run_own
 from .trainer import Trainer
 
@@ -75,8 +74,8 @@ def replay(trainer: Trainer, step: int) -> Replay:
         trainer.train_step(earlier, trainer.train_loader.step(earlier))
     trainer.model.synchronize()
     batch = trainer.train_loader.step(step)
-    if trainer.prepare:
-        trainer.prepare(batch)
+    for filler in trainer.fillers["train"]:
+        filler.fill(batch)
     mine = [
         _alone(trainer, batch, pack, k, batch.pack_samples[k]) for k, pack in enumerate(batch.micro_batches)
     ]
@@ -87,19 +86,22 @@ def replay(trainer: Trainer, step: int) -> Replay:
     ]:
         for id_ in batch.pack_samples[k]:
             pack = trainer.train_loader.pack_of([id_])
-            _fill(trainer, pack, batch.micro_batches[k])
+            _fill(trainer, pack, batch, k)
             samples.append(_alone(trainer, batch, pack, k, [id_]))
     found = _gather(trainer, samples)
     whole = trainer.train_step(step, batch)  # last: it changes the weights
     return Replay(step, whole["loss"], whole["grad_norm"], tuple(packs), tuple(found))
 
 
-def _fill(trainer: Trainer, pack: PackedBatch, of_step: PackedBatch) -> None:
-    """The columns that no loader fills: a kept reference's, computed; a baseline, which is the whole step's."""
-    if trainer.prepare and trainer.prepare.reference is not None:
-        fill_reference(trainer.prepare.reference, [pack] * trainer.model.mesh.layout.micro_batch_multiple)
-    if Column.BASELINE in trainer.objective.needs:
-        pack.columns = {**pack.columns, Column.BASELINE: of_step.columns[Column.BASELINE]}
+def _fill(trainer: Trainer, pack: PackedBatch, batch: StepBatch, micro_batch: int) -> None:
+    """The columns that no loader gives; what says something of the whole step is taken from its pack."""
+    times = trainer.model.mesh.layout.micro_batch_multiple
+    for filler in trainer.fillers["train"]:
+        if filler.source.of_step:
+            of_step = batch.micro_batches[micro_batch].columns
+            pack.columns = {**pack.columns, **{column: of_step[column] for column in filler.source.gives}}
+        else:
+            filler.fill(replace(batch, micro_batches=[pack] * times, mismatched=[]))
 
 
 def _alone(

@@ -6,50 +6,87 @@ kept on disk. Suffixes: S segments, N answers of a data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import Column, PackedBatch, StepBatch
+from .columns import BASELINE, REFERENCE
 from .model import Model
 from .objectives.answers import answer_logprob
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What is computed for each step before its schedule runs.
+class KeptReference:
+    """A reference model in memory beside the policy, asked for each step.
 
-    Attributes:
-        model: the policy.
-        needs: columns of the objective.
-        reference: a reference model that is kept, None where its log-probabilities are read from disk.
+    It fills the packs of ranks of the last stage; the other stages never read them.
     """
 
-    model: Model
-    needs: Set[Column]
-    reference: Model | None
+    source = REFERENCE
 
-    def __call__(self, batch: StepBatch) -> None:
-        """Fills the columns of a step's packs that no loader can."""
-        if self.reference is not None:
-            fill_reference(self.reference, batch.micro_batches)
-        if Column.BASELINE in self.needs:
-            if self.reference is not None:
-                fill_reference(self.reference, batch.mismatched)
-            self.model.synchronize()
-            fill_baseline(self.model, batch.micro_batches, batch.mismatched)
+    def __init__(self, reference: Model) -> None:
+        self._reference = reference
+
+    def fill(self, batch: StepBatch) -> None:
+        """See Filler."""
+        for packs in (batch.micro_batches, batch.mismatched):
+            if packs:
+                for pack, logprob_S in zip(packs, self._reference.read(packs, answer_logprob)):
+                    pack.columns = {**pack.columns, Column.REF_LOGPROB: logprob_S}
 
 
-def fill_reference(reference: Model, packs: Sequence[PackedBatch]) -> None:
-    """Sets `REF_LOGPROB` of each pack by the reference model, on ranks of the last stage.
+class StoredReference:
+    """A reference model's log-probabilities as they were computed before the run.
 
-    Other stages never read it.
+    Args:
+        values_N: float64, by answer id of the data set.
+        mismatched_N: the same for mismatched answers, in the order of steps, and in each step in the order of its
+            answers; None where steps have none.
     """
-    for pack, logprob_S in zip(packs, reference.read(packs, answer_logprob)):
+
+    source = REFERENCE
+
+    def __init__(self, values_N: Tensor, mismatched_N: Tensor | None) -> None:
+        self._values_N, self._mismatched_N = values_N, mismatched_N
+
+    def fill(self, batch: StepBatch) -> None:
+        """See Filler."""
+        put_reference(batch.micro_batches, self._values_N)
+        if self._mismatched_N is not None:
+            put_reference(batch.mismatched, self._mismatched_N)
+
+
+def put_reference(packs: Sequence[PackedBatch], values_N: Tensor) -> None:
+    """Sets `REF_LOGPROB` of each pack from float64 (N,) by answer id."""
+    for pack in packs:
+        id_S = pack.columns[Column.ANSWER]  # −1 in the tail
+        logprob_S = torch.where(id_S >= 0, values_N.index_select(0, id_S.clamp(min=0)), 0.0)
         pack.columns = {**pack.columns, Column.REF_LOGPROB: logprob_S}
+
+
+class Baseline:
+    """max(0, mean of log π/π_ref over the step's mismatched answers), by the policy as it is."""
+
+    source = BASELINE
+
+    def __init__(self, policy: Model) -> None:
+        self._policy = policy
+
+    def fill(self, batch: StepBatch) -> None:
+        """See Filler."""
+        policy = self._policy
+        policy.synchronize()
+        sums = torch.zeros(2, dtype=torch.float64, device=policy.mesh.device)
+        for pack, logprob_S in zip(batch.mismatched, policy.read(batch.mismatched, answer_logprob)):
+            answers = pack.columns[Column.ANSWERS]
+            ratio_N = (logprob_S - pack.columns[Column.REF_LOGPROB]).index_select(0, answers)
+            sums += torch.stack((ratio_N.sum(), ratio_N.new_tensor(ratio_N.numel())))
+        total, count = policy.mesh.sum_over_data_then_share(sums).unbind()
+        baseline = (total / count.clamp(min=1.0)).clamp(min=0.0).float()
+        for pack in batch.micro_batches:
+            pack.columns = {**pack.columns, Column.BASELINE: baseline}
 
 
 def score_answers(model: Model, steps: Iterable[Sequence[PackedBatch]], n_answers: int) -> np.ndarray:
@@ -65,23 +102,6 @@ def score_answers(model: Model, steps: Iterable[Sequence[PackedBatch]], n_answer
 def score_values(model: Model, steps: Iterable[Sequence[PackedBatch]], n_answers: int) -> np.ndarray:
     """What a scalar head gives at the end of every answer, float64 (N,), on every rank; see `score_answers`."""
     return _collect(model, steps, n_answers, _last_values)
-
-
-def fill_baseline(policy: Model, packs: Sequence[PackedBatch], mismatched: Sequence[PackedBatch]) -> None:
-    """Sets `BASELINE` of each pack: max(0, mean of log π/π_ref over the step's mismatched answers).
-
-    Args:
-        mismatched: this rank's share of them, `REF_LOGPROB` filled in.
-    """
-    sums = torch.zeros(2, dtype=torch.float64, device=policy.mesh.device)
-    for pack, logprob_S in zip(mismatched, policy.read(mismatched, answer_logprob)):
-        answers = pack.columns[Column.ANSWERS]
-        ratio_N = (logprob_S - pack.columns[Column.REF_LOGPROB]).index_select(0, answers)
-        sums += torch.stack((ratio_N.sum(), ratio_N.new_tensor(ratio_N.numel())))
-    total, count = policy.mesh.sum_over_data_then_share(sums).unbind()
-    baseline = (total / count.clamp(min=1.0)).clamp(min=0.0).float()
-    for pack in packs:
-        pack.columns = {**pack.columns, Column.BASELINE: baseline}
 
 
 def _last_values(out_T: Tensor, batch: PackedBatch) -> Tensor:

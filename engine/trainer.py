@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from paralign.models.errors import TrainingError
 from .batch import StepBatch
 from .checkpoint.native import NativeCheckpoints
 from .checkpoint.store import Progress
+from .columns import Filler
 from .data.loader import PackLoader
 from .generate import Generations
 from .model import Model
@@ -26,7 +27,6 @@ from .observe.profiler import Profiler
 from .observe.throughput import Throughput
 from .optim import Optimizer
 from .schedule import OptimizerConfig, learning_rate
-from .score import Preparation
 from .step import UNITS, report, run_step
 
 
@@ -49,7 +49,7 @@ class Trainer:
         train_loader, validation: packs to learn from, and by name those to be measured on.
         export: writes the model to a directory; collective.
         export_dir: where `export` puts `iter_0000100/` and, at the end, `final/`.
-        prepare: fills columns of a step before it is computed, if there are any that no loader can.
+        fillers: by set (`train`, or a name in `validation`) what fills the columns of a step that no loader gives.
         generations: answers to be written at each evaluation, if any.
         total_steps: steps of the whole run, of which those before `first_step` are done.
     """
@@ -72,8 +72,8 @@ class Trainer:
     profiler: Profiler
     first_step: int
     total_steps: int
+    fillers: Mapping[str, Sequence[Filler]]
     generations: Generations | None = None
-    prepare: Preparation | None = None
 
     def fit(self) -> bool:
         """Train to the last step, then evaluate, save and export.
@@ -125,8 +125,8 @@ class Trainer:
         lr = learning_rate(self.schedule, step, self.total_steps)
         self.optimizer.zero_grad()
         self.health.at("forward and backward", step)
-        if self.prepare:
-            self.prepare(batch)
+        for filler in self.fillers["train"]:
+            filler.fill(batch)
         marked = replace(batch, micro_batches=self.health.marking(batch.micro_batches))
         sums = run_step(self.model, marked, self.objective, train=True)
         self.health.at("optimizer", step)
@@ -165,8 +165,8 @@ class Trainer:
             n_rows = len(UNITS) + len(self.objective.metrics)
             sums = torch.zeros(n_rows, 2, dtype=torch.float64, device=self.model.mesh.device)
             for batch in loader.evaluation():
-                if self.prepare:
-                    self.prepare(batch)
+                for filler in self.fillers[name]:
+                    filler.fill(batch)
                 sums += run_step(self.model, batch, self.objective, train=False)
             values |= {
                 f"validation/{name}/{metric}": value for metric, value in report(self.objective, sums).items()

@@ -1,6 +1,6 @@
 """From a plan to this rank's packs of a step. packing.py decides what shares a pack, pack.py builds tensors.
 
-What a reference model gave is handed in by answer id: nothing is scored here. S segments of a pack.
+S segments of a pack.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ class PackLoader:
 
     Attributes:
         epochs: which packs each epoch holds.
-        reference: float64, by answer id, log-probabilities under the reference model; None before they are known.
-        mismatched_reference: the same for mismatched answers, in the order of steps, and in each step in the
-            order of its answers.
         needs_mismatched: whether steps have mismatched answers.
 
     Args:
@@ -51,8 +48,6 @@ class PackLoader:
         device: torch.device,
     ) -> None:
         self.cache = cache
-        self.reference: np.ndarray | None = None
-        self.mismatched_reference: np.ndarray | None = None
         self.needs_mismatched = Column.BASELINE in cache.layout.needs
         self._tokens_per_pack = cache.config.tokens_per_pack
         self._global_batch_size = global_batch_size
@@ -117,7 +112,7 @@ class PackLoader:
         rows = np.array([rows_of(group, layout) for group in groups])
         plan = plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=step)
         return [
-            self._pack_groups([groups[i] for i in mine], self.mismatched_reference)
+            self._pack_groups([groups[i] for i in mine])
             for mine in deal([plan.pack(i) for i in range(len(plan))], rows, **self._place)
         ]
 
@@ -129,7 +124,7 @@ class PackLoader:
 
     def _pack(self, ids: np.ndarray) -> PackedBatch:
         groups = [self.cache.group(id_) for id_ in ids.tolist()]
-        pack = self._pack_groups(groups, self.reference)
+        pack = self._pack_groups(groups)
         if len(self.cache.origins) > 1:
             sources_S = np.full(len(pack.segments.bounds), NO_SOURCE)
             of_answers = np.repeat(self.cache.sources[ids], [len(group.answers) for group in groups])
@@ -138,8 +133,8 @@ class PackLoader:
             pack.columns = {**pack.columns, Column.SOURCE: source}
         return pack
 
-    def _pack_groups(self, groups: Sequence[Group], reference: np.ndarray | None) -> PackedBatch:
-        return pack_groups(groups, self._tokens_per_pack, self._device, self.cache.layout, reference)
+    def _pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        return pack_groups(groups, self._tokens_per_pack, self._device, self.cache.layout)
 
 
 def _numbered(groups: list[Group], first: int) -> list[Group]:

@@ -58,15 +58,11 @@ def pack_groups(
     tokens_per_pack: int,
     device: torch.device,
     layout: AnswerLayout = CHATS,
-    reference: np.ndarray | None = None,
 ) -> PackedBatch:
     """One pack of the given groups, in the given order, padded with short segments; no group is an empty pack.
 
     With a shared prompt a group is `[p + a | p_last + b | …]`: from the second answer on, the prompt's last
     token is repeated, so that every row has one label, and the keys are the prompt's and the segment's own.
-
-    Args:
-        reference: (answers in the data set,), log-probabilities under the reference model.
 
     Raises:
         ValueError: the groups are longer than the pack.
@@ -116,8 +112,6 @@ def pack_groups(
         columns[Column.DESIRABLE] = per_segment([a.desirable for a in answers], False, "bool")
     if Column.SCORE in layout.needs:
         columns[Column.SCORE] = per_segment([a.score for a in answers], math.nan, "float32")
-    if reference is not None:
-        columns[Column.REF_LOGPROB] = per_segment(reference[ids], 0.0, "float64")
     if layout.labels_prompts:
         columns[Column.IN_ANSWER] = _rows_of_answers(pack, answers, prompt_rows, device)
     if layout.head is Head.SCALAR:

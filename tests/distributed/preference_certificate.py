@@ -19,7 +19,7 @@ from paralign.engine.mesh import Mesh, open_mesh
 from paralign.engine.model import Model
 from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import Objective, build_objective
-from paralign.engine.score import fill_baseline, fill_reference, score_answers
+from paralign.engine.score import Baseline, KeptReference, put_reference, score_answers
 from paralign.engine.step import report, run_step
 from paralign.models import arch_from_hf
 
@@ -85,7 +85,7 @@ def certify_preferences(
                     chunk.zero_grad_buffer()
                 batch = preference_step(case, objective, reference, mesh)
                 if Column.BASELINE in objective.needs:
-                    fill_baseline(model, batch.micro_batches, batch.mismatched)
+                    Baseline(model).fill(batch)
                 values = report(objective, run_step(model, batch, objective, train=True))
                 _gather_gradients(model)
                 worst = _worst_gradient(model, reference.gradients[case.name])
@@ -158,10 +158,13 @@ def _share(
     ref: np.ndarray | None,
 ) -> list[PackedBatch]:
     share = len(packs) // mesh.layout.dp
-    return [
-        pack_groups([groups[i] for i in pack], case.plan.tokens_per_pack, mesh.device, layout, ref)
+    made = [
+        pack_groups([groups[i] for i in pack], case.plan.tokens_per_pack, mesh.device, layout)
         for pack in packs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
     ]
+    if ref is not None:
+        put_reference(made, torch.from_numpy(ref))
+    return made
 
 
 def first_loss(
@@ -191,6 +194,6 @@ def first_loss(
             told = replace(reference, ref_logprobs={"pairs": np.zeros(n_answers) if ref is None else ref})
             batch = preference_step(case, objective, told, mesh)
             if ref is None:
-                fill_reference(model, batch.micro_batches)
+                KeptReference(model).fill(batch)
             losses.append(report(objective, run_step(model, batch, objective, train=False))["loss"])
     return losses[0], losses[1]

@@ -8,6 +8,7 @@ import torch
 from paralign.engine.batch import Column, Head
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, mismatch, rows_of
 from paralign.engine.data.pack import pack_groups
+from paralign.engine.score import put_reference
 
 CPU = torch.device("cpu")
 PAIRS = frozenset({Column.PAIR})
@@ -63,7 +64,8 @@ def test_a_prompt_of_one_token_can_be_shared() -> None:
 
 
 def test_reference_columns_follow_answer_ids() -> None:
-    pack = pack_groups([GROUP], 12, CPU, SHARED, np.array([-1.5, -2.5]))
+    pack = pack_groups([GROUP], 12, CPU, SHARED)
+    put_reference([pack], torch.tensor([-1.5, -2.5], dtype=torch.float64))
     assert pack.columns[Column.REF_LOGPROB].tolist() == [-1.5, -2.5, 0.0]
     assert pack.columns[Column.REF_LOGPROB].dtype == torch.float64
 

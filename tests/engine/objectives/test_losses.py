@@ -19,6 +19,7 @@ from paralign.engine.objectives.kto import KTOConfig
 from paralign.engine.objectives.orpo import ORPOConfig
 from paralign.engine.objectives.reward import RewardConfig
 from paralign.engine.objectives.simpo import SimPOConfig
+from paralign.engine.score import put_reference
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,10 @@ def _answer(n: int, id_: int, **about: Any) -> Answer:
 
 def _pack(objective: Objective, groups: list[Group], ref: list[float] | None = None) -> PackedBatch:
     layout = AnswerLayout(objective.needs, objective.head, share_prefix=True)
-    return pack_groups(groups, 40, CPU, layout, None if ref is None else np.array(ref))
+    pack = pack_groups(groups, 40, CPU, layout)
+    if ref is not None:
+        put_reference([pack], torch.tensor(ref, dtype=torch.float64))
+    return pack
 
 
 def _logprobs(pack: PackedBatch, per_answer: list[float]) -> torch.Tensor:
