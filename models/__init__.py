@@ -11,11 +11,12 @@ from .baichuan2 import BAICHUAN2
 from .errors import WeightsError
 from .family import Family
 from .llama import LLAMA
+from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .weights import Rule, count_parameters
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, BAICHUAN2)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN2)}
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> Arch:
@@ -34,9 +35,9 @@ def arch_from_hf(config: Mapping[str, Any]) -> Arch:
                 raise WeightsError(
                     f"config.json id2label: read {config.get('id2label')}; a reward model has one label"
                 )
-            return family.read_arch(config).with_scalar_head()
+            return family.arch(config).with_scalar_head()
         if set(names) & set(family.architectures) or (not names and config.get("model_type") == family.name):
-            return family.read_arch(config)
+            return family.arch(config)
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     found = ", ".join(names) or f"none, and model_type {config.get('model_type')!r}"
     raise WeightsError(f"config.json architectures: read {found}; known are {known}")

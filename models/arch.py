@@ -1,7 +1,8 @@
 """Shape facts of a decoder, read from a Hugging Face `config.json`. Owns no tensor names and no weights.
 
-A key that would make our forward pass differ from Hugging Face's is refused, never ignored. Messages start
-with `config.json KEY`, so that whoever opened the file can put its folder in front.
+A key that would make our forward pass differ from Hugging Face's is refused, never ignored. What an absent key
+means there stands in `Family.defaults`, and is filled in before anything is read here. Messages start with
+`config.json KEY`, so that whoever opened the file can put its folder in front.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def read_arch(
     """Reads the keys that every Llama-shaped decoder has, in the style of transformers 4 or 5.
 
     Args:
-        config: the parsed `config.json`.
+        config: the parsed `config.json`, with the family's defaults for absent keys.
         family, qkv_bias, qk_norm, alibi, normalised_head: passed on to `Arch`.
 
     Raises:
@@ -118,7 +119,8 @@ def read_arch(
     groups = _whole(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise WeightsError(
-            f"config.json num_key_value_heads: {groups} does not divide num_attention_heads = {heads}"
+            f"config.json num_key_value_heads: {groups} does not divide num_attention_heads = {heads}; "
+            "state it if the key is absent, which leaves it to transformers' default"
         )
     if config.get("head_dim") is None and hidden_size % heads:
         raise WeightsError(
@@ -152,7 +154,7 @@ def read_arch(
 def refuse_unless(
     config: Mapping[str, Any], key: str, supported: object, *, remedy: str = "train another model"
 ) -> None:
-    """Raises WeightsError if `key` has another value than the one supported; null counts as absent."""
+    """Raises WeightsError if `key` has another value than the one supported; null and absence pass."""
     value = config.get(key)
     if value is not None and value != supported:
         rule = "it is not supported" if supported is None else f"only {supported!r} is supported"

@@ -55,6 +55,5 @@ def _packed_qkv(arch: Arch, layer: int) -> Iterator[Rule]:
     )
 
 
-BAICHUAN2 = Family(
-    "baichuan", ("BaichuanForCausalLM",), baichuan2_arch, baichuan2_rules, chat_format="baichuan2"
-)
+# Two published classes share one name, with defaults that differ: none is filled in.
+BAICHUAN2 = Family("baichuan", ("BaichuanForCausalLM",), baichuan2_arch, baichuan2_rules, defaults={})

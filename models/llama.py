@@ -89,4 +89,10 @@ def _layer_rules(arch: Arch, layer: int, qkv_rules: Callable[[Arch, int], Iterat
     yield Rule(f"{native}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), ((hidden, ffn),), split=1)
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), llama_arch, llama_rules, chat_format="llama3")
+LLAMA = Family(
+    "llama",
+    ("LlamaForCausalLM",),
+    llama_arch,
+    llama_rules,
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+)

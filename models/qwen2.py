@@ -27,4 +27,10 @@ def refuse_sliding_windows(config: Mapping[str, Any]) -> None:
         )
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), qwen2_arch, llama_rules, chat_format="chatml")
+QWEN2 = Family(
+    "qwen2",
+    ("Qwen2ForCausalLM",),
+    qwen2_arch,
+    llama_rules,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+)

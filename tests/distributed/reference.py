@@ -19,14 +19,17 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 
 
 def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
-    """A random fp32 model of a family.
+    """A random fp32 model of a family; raises ValueError for one that it does not know.
 
-    Llama has grouped queries and an untied head, Qwen2 biases and a tied head, Qwen3 norms of q and k;
-    Baichuan2's 13B has a number of heads that is no power of two.
+    Llama has grouped queries and an untied head, Mistral heads of another size than hidden size / heads and the
+    shortest window that leaves nothing out, Qwen2 biases and a tied head, Qwen3 norms of q and k; Baichuan2's
+    13B has a number of heads that is no power of two.
     """
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen3Config,
@@ -34,7 +37,7 @@ def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
     )
 
     torch.manual_seed(seed)
-    if family.startswith("baichuan2"):
+    if family in ("baichuan2-7b", "baichuan2-13b"):
         length = "max_position_embeddings" if family == "baichuan2-7b" else "model_max_length"
         heads, hidden = (8, 64) if family == "baichuan2-7b" else (12, 96)
         baichuan = BaichuanForCausalLM(BaichuanConfig(251, hidden, 96, layers, heads, **{length: 512}))
@@ -55,12 +58,24 @@ def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
     )
     if family == "llama":
         model: Any = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, tie_word_embeddings=False))
+    elif family == "mistral":
+        window = shape["max_position_embeddings"]
+        model = MistralForCausalLM(
+            MistralConfig(
+                **shape, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, sliding_window=window
+            )
+        )
     elif family == "qwen3":
         model = Qwen3ForCausalLM(
             Qwen3Config(**shape, head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=False)
         )
-    else:
+    elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**shape, rms_norm_eps=1e-6, tie_word_embeddings=True))
+    else:
+        raise ValueError(
+            f"tiny_model: family {family!r} is unknown; known are llama, mistral, qwen2, qwen3, baichuan2-7b and "
+            "baichuan2-13b; add it here"
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:

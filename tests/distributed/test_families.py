@@ -10,7 +10,7 @@ import torch
 
 from .certificate import Case, Row, certify
 from .pool import RankPool
-from .reference import make_reference, make_samples
+from .reference import make_reference, make_samples, tiny_model
 from .test_certificate import BOUNDS, LAYOUTS, PLANS, _layout
 
 SAMPLES = make_samples()
@@ -39,6 +39,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     [
         ("qwen3", "TP2"),
         ("qwen3", "TP2×PP2×DP2+SP, VPP2, overlap, recompute 2"),
+        ("mistral", "1"),
+        ("mistral", "TP2"),
         ("baichuan2-7b", "1"),
         ("baichuan2-7b", "TP2×PP2×DP2+SP"),
         ("baichuan2-13b", "1"),
@@ -46,7 +48,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         ("llama", "TP8"),  # 8 query heads in 4 groups: two ranks share a key head
         *(
             pytest.param(family, layout, marks=pytest.mark.certificate)
-            for family in ("qwen3", "baichuan2-7b", "baichuan2-13b")
+            for family in ("qwen3", "mistral", "baichuan2-7b", "baichuan2-13b")
             for layout in (*LAYOUTS, "TP4×PP2")
         ),
         *(pytest.param(family, "TP8+SP", marks=pytest.mark.certificate) for family in ("qwen2", "qwen3")),
@@ -65,3 +67,8 @@ def test_family_equals_its_reference(
     certificate_table.append((f"{layout} | {family}", row))
     for figure in ("loss", "gradient", "grad_norm", "loss_after"):
         assert getattr(row, figure) <= getattr(BOUNDS, figure), f"{figure}: {row}"
+
+
+def test_a_family_without_a_reference_is_an_error() -> None:
+    with pytest.raises(ValueError, match="family 'mixtral' is unknown; known are llama, mistral"):
+        tiny_model("mixtral")

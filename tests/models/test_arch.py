@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from paralign.models import arch_from_hf, parameter_count
+from paralign.models import FAMILIES, arch_from_hf, parameter_count
 from paralign.models.arch import RopeScaling
 from paralign.models.errors import WeightsError
 
@@ -20,6 +27,9 @@ SMALL = {
 }
 LLAMA = SMALL | {"architectures": ["LlamaForCausalLM"], "rope_theta": 5e5, "torch_dtype": "bfloat16"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+SHAPE = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+CLASSES = {name: CONFIG_MAPPING[name] for name in FAMILIES if name in CONFIG_MAPPING}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -72,11 +82,103 @@ def test_both_styles_give_the_same_facts():
     assert not facts.qkv_bias
 
 
-def test_defaults_are_those_of_transformers():
-    config = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rope_theta")}
+def facts_or_refusal(config):
+    try:
+        return arch_from_hf(config)
+    except WeightsError:
+        return "refused"
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def test_llama_without_optional_keys():
+    config = without(LLAMA, "num_key_value_heads", "rope_theta")
     facts = arch_from_hf(config | {"head_dim": None, "rope_scaling": None, "pretraining_tp": 2})
     assert facts.num_query_groups == facts.num_attention_heads
     assert facts.rope_theta == 10000.0
+
+
+def test_every_family_of_transformers_has_its_defaults_tested():
+    assert set(FAMILIES) - set(CLASSES) == {"baichuan"}  # its classes come with the weights
+    assert not FAMILIES["baichuan"].defaults
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_familys_defaults_are_those_of_its_class(name):
+    defaults = FAMILIES[name].defaults
+    assert dict(defaults) == {key: getattr(CLASSES[name], key) for key in defaults}
+
+
+@pytest.mark.parametrize("longest", [64, 1 << 20])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_key_left_out_is_read_as_transformers_reads_it(name, longest):
+    """Each key of the class in turn: left out, and null where the class takes it. No size is a default's."""
+    many_heads = {"hidden_size": 192, "num_attention_heads": 64, "num_key_value_heads": 16, "head_dim": 6}
+    stated = SMALL | many_heads | {"max_position_embeddings": longest, "tie_word_embeddings": True}
+    stated |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    own = {"architectures": FAMILIES[name].architectures}
+    whole = CLASSES[name](**stated).to_dict() | {"sliding_window": None}
+    assert arch_from_hf(whole | own).max_position_embeddings == longest
+    for key in set(CLASSES[name].__dataclass_fields__) & set(whole):
+        found = facts_or_refusal(without(whole, key) | own)
+        if key in SHAPE:
+            assert found == "refused", key
+            continue
+        theirs = CLASSES[name](**without(whole, key)).to_dict()
+        assert found == facts_or_refusal(theirs | own), key
+        try:
+            theirs = CLASSES[name](**whole | {key: None}).to_dict()
+        except Exception:  # whatever its checks raise: a file that transformers does not open
+            continue
+        assert facts_or_refusal(whole | own | {key: None}) in ("refused", facts_or_refusal(theirs | own)), key
+
+
+def test_mistral_is_llama_with_a_head_dim_of_its_own():
+    facts = arch_from_hf(MISTRAL | {"head_dim": 8, "tie_word_embeddings": True})
+    assert (facts.family, facts.kv_channels, facts.tied) == ("mistral", 8, True)
+    assert not facts.qkv_bias
+    assert arch_from_hf(MISTRAL).kv_channels == 6
+    assert not arch_from_hf(MISTRAL).tied
+
+
+@pytest.mark.parametrize(
+    ("window", "longest", "opens"),
+    [
+        ({"sliding_window": None}, 32768, True),
+        ({"sliding_window": 4096}, 4096, True),  # the last row sees the first
+        ({"sliding_window": 4096}, 4097, False),
+        ({"sliding_window": 0}, 64, False),
+        ({"sliding_window": "none"}, 64, False),
+        ({}, 4096, True),
+        ({}, 32768, False),
+    ],
+)
+def test_a_window_of_mistral_must_leave_nothing_out(window, longest, opens):
+    config = without(MISTRAL, "sliding_window") | window | {"max_position_embeddings": longest}
+    if opens:
+        assert arch_from_hf(config).max_position_embeddings == longest
+        return
+    found = repr(window.get("sliding_window", 4096))
+    with pytest.raises(WeightsError, match=f"config.json sliding_window: read {found} .* = {longest}, is"):
+        arch_from_hf(config)
+
+
+def test_the_shortest_window_that_opens_changes_nothing():
+    """One row more than the window, and transformers' result is another: the bound is sharp."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, sliding_window=16, attn_implementation="eager", initializer_range=0.2)
+    windowed = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(0, 37, (1, 17))
+    last = []
+    for window in (16, None):
+        windowed.config.sliding_window = windowed.model.config.sliding_window = window
+        with torch.no_grad():
+            last.append([windowed(input_ids=tokens[:, :length]).logits[0, -1] for length in (16, 17)])
+    (inside, outside), (whole, longer) = last
+    assert torch.equal(inside, whole)
+    assert not torch.allclose(outside, longer)
 
 
 def test_qwen2_has_biases_and_may_be_tied():
@@ -162,6 +264,8 @@ def test_baichuan2_has_rotary_positions_or_alibi():
     [
         LlamaConfig(**SMALL),
         LlamaConfig(**SMALL, head_dim=10, tie_word_embeddings=True),
+        MistralConfig(**SMALL),
+        MistralConfig(**SMALL, head_dim=8, tie_word_embeddings=True, sliding_window=None),
         Qwen2Config(**SMALL),
         Qwen2Config(**SMALL, tie_word_embeddings=True),
         Qwen3Config(**SMALL),

@@ -197,6 +197,7 @@ def test_the_families_own_tensors():
     assert natives["qwen3"][f"{layer}.k_layernorm.weight"].hf == ("model.layers.1.self_attn.k_norm.weight",)
     assert natives["baichuan"][f"{layer}.linear_qkv.weight"].hf == ("model.layers.1.self_attn.W_pack.weight",)
     assert f"{layer}.linear_qkv.bias" not in natives["qwen3"]
+    assert natives["mistral"] == natives["llama"]
 
 
 def test_copies_that_drifted_apart_are_refused():
