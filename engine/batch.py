@@ -35,6 +35,14 @@ class Column(Enum):
     BASELINE = "baseline"  # () float32: one number for the whole step
 
 
+class Kind(Enum):
+    """What a record of the data is read as."""
+
+    CONVERSATIONS = "conversations"
+    PAIRS = "pairs"  # a prompt with a chosen and a rejected answer
+    LABELLED = "labelled"  # a prompt with an answer that is good or bad
+
+
 class Head(Enum):
     """What the model's last layer gives for each loss row."""
 

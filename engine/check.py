@@ -18,15 +18,14 @@ from paralign.models import parameter_count
 from paralign.models.arch import Arch
 from paralign.models.errors import DataError, RecipeError, WeightsError
 
-from .batch import Column, Head
+from .batch import Head
 from .checkpoint.hf import arch_of
 from .checkpoint.source import open_source
-from .columns import BASELINE, REFERENCE, Source, in_order
+from .columns import BASELINE, DATA, REFERENCE, Source, in_order
 from .data.answers import AnswerLayout
 from .data.cache import TokenCache, build_or_open
 from .data.config import SourceConfig
 from .data.epochs import Epochs, StepStatistics, step_statistics
-from .data.preference import GIVEN, Kind
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
@@ -187,18 +186,11 @@ def _arch_to_train(recipe: Recipe, objective: Objective) -> Arch:
     return arch
 
 
-def record_kind(recipe: Recipe) -> Kind:
-    """What the objective of a recipe reads records as."""
-    if not isinstance(recipe.objective, AnswerSection):
-        return Kind.CONVERSATIONS
-    return Kind.LABELLED if Column.DESIRABLE in build_objective(recipe.objective).needs else Kind.PAIRS
-
-
 def sources_of_columns(recipe: Recipe) -> list[Source]:
     """What fills the columns that no data give, in order; RecipeError if that does not come out."""
-    data = Source("the data", gives=GIVEN[record_kind(recipe)])
+    objective = build_objective(recipe.objective)
     others = [REFERENCE] if isinstance(recipe.objective, ReferenceSection) else []
-    return in_order(build_objective(recipe.objective).needs, data, [*others, BASELINE])
+    return in_order(objective.needs, DATA[objective.reads], [*others, BASELINE])
 
 
 def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache:
@@ -212,7 +204,7 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
         recipe.data,
         sources,
         recipe.tokenizer_dir,
-        record_kind(recipe),
+        objective.reads,
         layout,
         score_range,
         progress=progress,

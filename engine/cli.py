@@ -306,8 +306,8 @@ def inspect_data(
     line: Annotated[int, typer.Option(min=1, help="Begin at this line of each file, or row.")] = 1,
 ) -> None:
     """Show samples as the model sees them, with what is learned token by token."""
-    from .check import record_kind
     from .data.inspect import inspect_set
+    from .objectives import build_objective
     from .recipe import load
 
     loaded = load(recipe, overrides or ())
@@ -319,7 +319,7 @@ def inspect_data(
         n_samples=samples,
         first_line=line,
         coloured=console.is_terminal,
-        kind=record_kind(loaded),
+        kind=build_objective(loaded.objective).reads,
     ):
         console.print(block)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from paralign.models.errors import RecipeError
 
-from .batch import Column, StepBatch
+from .batch import Column, Kind, StepBatch
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,17 @@ class Source:
     of_step: bool = False
 
 
+_OF_ALL = frozenset({Column.SOURCE, Column.ANSWER, Column.ANSWERS})
+DATA = {  # what packs have, as data/pack.py makes them
+    Kind.CONVERSATIONS: Source("the data, conversations,", gives=_OF_ALL),
+    Kind.PAIRS: Source(
+        "the data, pairs,",
+        gives=_OF_ALL | {Column.PAIR, Column.MARGIN, Column.SCORE, Column.IN_ANSWER},
+    ),
+    Kind.LABELLED: Source(
+        "the data, labelled answers,", gives=_OF_ALL | {Column.DESIRABLE, Column.IN_ANSWER}
+    ),
+}
 REFERENCE = Source("the reference model", gives=frozenset({Column.REF_LOGPROB}))
 BASELINE = Source(
     "the policy's baseline",

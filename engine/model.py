@@ -105,7 +105,7 @@ class Model:
 
         Args:
             packs: as many as on any other rank, all of one length.
-            row_gradient: see `KnownRowGradient`; each row's is this times its weight.
+            row_gradient: see `Objective.row_gradient`; each row's is this times its weight.
 
         Returns:
             What `loss` reported of each pack, in their order, on ranks of the last stage; elsewhere nothing.

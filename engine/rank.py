@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import CheckpointError, ParalignError, RecipeError
 
+from .batch import Kind
 from .check import CheckReport, check, sources_of_columns
 from .checkpoint import store
 from .checkpoint.hf import Assets, arch_of, parse_size
@@ -27,7 +28,7 @@ from .data.cache import stop_token
 from .data.render import template_text
 from .launch import RankEnv, rank_environment
 from .layout import resolve
-from .objectives import AnswerSection, ReferenceSection, build_objective
+from .objectives import ReferenceSection, build_objective
 from .recipe import Recipe, dump, load
 from .slurm import FAILED
 from .stop import EXIT_STOPPED, Stop
@@ -215,7 +216,8 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     model.prepare_to_train()
     optimizer = Optimizer(model.chunks, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
 
-    cache, learns_answers = report.caches["train"], isinstance(recipe.objective, AnswerSection)
+    objective = build_objective(recipe.objective)
+    cache, learns_answers = report.caches["train"], objective.reads is not Kind.CONVERSATIONS
     scorer = scorer_of(arch, recipe.tokenizer_dir, cache.last_tokens()) if arch.scalar_head else None
     turn_end = None if learns_answers else stop_token(cache)
     assets = Assets(
@@ -256,7 +258,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             + (f"; passed over {', '.join(left)}, not finished" if left else ""),
         }
     )
-    objective = build_objective(recipe.objective)
     names = [source.name for source in recipe.data.train]
     if len(set(names)) > 1 and not learns_answers:
         objective = BySource(objective, names)

@@ -11,7 +11,6 @@ from torch import Tensor
 from .batch import PackedBatch, StepBatch, Unit
 from .model import Model
 from .objectives import Objective
-from .objectives.base import KnownRowGradient
 
 UNITS = tuple(Unit)
 
@@ -40,9 +39,7 @@ def run_own(model: Model, batch: StepBatch, objective: Objective, *, train: bool
         float64 (len(UNITS) + len(objective.metrics), 2): sums and counts of this rank's packs, the units' counts
         left at 0; all zeros on other stages than the last.
     """
-    known = (
-        objective.row_gradient(batch.counts) if train and isinstance(objective, KnownRowGradient) else None
-    )
+    known = objective.row_gradient(batch.counts) if train else None
     results = model.run(
         batch.micro_batches,
         partial(_loss, objective=objective, counts=batch.counts),

@@ -15,10 +15,9 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from ..batch import Column, Unit
+from ..batch import Column, Kind, Unit
 from .answers import CHATS, Answer, AnswerLayout, Group
 from .config import DataConfig, SourceConfig
-from .preference import Kind
 from .token_files import StoredAnswers, build, samples_key
 
 

@@ -20,9 +20,10 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
+from ..batch import Kind
 from .config import LossOn, SourceConfig
 from .conversation import RecordFormat, read_record, rename
-from .preference import Kind, Preference, read_preference
+from .preference import Preference, read_preference
 from .render import Rendered, Renderer
 from .sources import decode, read_records
 from .tables import Record

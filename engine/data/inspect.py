@@ -10,9 +10,9 @@ from rich.text import Text
 
 from paralign.models.errors import DataError
 
+from ..batch import Kind
 from .config import DataConfig
 from .encode import encode_answers, encode_record
-from .preference import Kind
 from .render import Rendered, Renderer, template_text
 from .sources import read_records, record_format
 

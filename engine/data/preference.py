@@ -15,33 +15,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Literal
 
 from paralign.models.errors import DataError
 
-from ..batch import Column
+from ..batch import Kind
 from .conversation import Conversation, check_order
 from .turns import Message, did_you_mean, read_tools, read_turn, read_turns, shown, text
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 _PROMPTS = ("prompt", "messages", "conversations")
-
-
-class Kind(Enum):
-    """What a record is read as."""
-
-    CONVERSATIONS = "conversations"
-    PAIRS = "pairs"
-    LABELLED = "labelled"
-
-
-_OF_ALL = frozenset({Column.SOURCE, Column.ANSWER, Column.ANSWERS})
-GIVEN = {  # the columns that packs of each kind have, as pack.py makes them
-    Kind.CONVERSATIONS: _OF_ALL,
-    Kind.PAIRS: _OF_ALL | {Column.PAIR, Column.MARGIN, Column.SCORE, Column.IN_ANSWER},
-    Kind.LABELLED: _OF_ALL | {Column.DESIRABLE, Column.IN_ANSWER},
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,10 @@ import numpy as np
 from paralign.models.errors import DataError
 
 from ..array_file import read_array, read_arrays
+from ..batch import Kind
 from ..whole_file import sync, sync_tree
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
-from .preference import Kind
 from .render import template_text
 from .sources import content_files, record_format
 

@@ -1,35 +1,40 @@
-"""Losses over packed batches: by the section that a recipe gives them. Owns the table."""
+"""Losses over packed batches, by name. Owns the table: an objective is a file and a line here."""
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from ..config import Section
 from .base import Objective
-from .dpo import DPO, DPOConfig
-from .kto import KTO, KTOConfig
-from .orpo import ORPO, ORPOConfig
-from .reward import Reward, RewardConfig
+from .cpo import CPO
+from .dpo import DPO
+from .kto import KTO
+from .orpo import ORPO
+from .reward import Reward
 from .sections import AnswerSection, ReferenceSection
-from .sft import SFT, SFTConfig
-from .simpo import SimPO, SimPOConfig
+from .sft import SFT
+from .simpo import SimPO
 
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "sft": SFT,
-    "reward": Reward,
-    "dpo": DPO,
-    "kto": KTO,
-    "simpo": SimPO,
-    "orpo": ORPO,
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.section.model_fields["name"].annotation.__args__[0]: objective  # type: ignore[union-attr]
+    for objective in (SFT, Reward, DPO, KTO, SimPO, ORPO, CPO)
 }
 
-ObjectiveConfig = Annotated[
-    Annotated[
-        SFTConfig | RewardConfig | DPOConfig | KTOConfig | SimPOConfig | ORPOConfig,
-        Field(discriminator="name"),
-    ],
-    BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
-]
+if TYPE_CHECKING:
+
+    class ObjectiveConfig(Section):
+        """The section of some objective."""
+
+        name: str
+else:
+    ObjectiveConfig = Annotated[
+        Annotated[
+            reduce(or_, (objective.section for objective in OBJECTIVES.values())), Field(discriminator="name")
+        ],
+        BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+    ]
 
 
 def build_objective(config: Any) -> Objective:

@@ -1,32 +1,39 @@
-"""What an objective is. Owns the protocol; each objective has a file of its own, its recipe section in it."""
+"""What an objective is. Owns the interface; each objective has a file of its own, its recipe section in it."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Head, Kind, LossSum, PackedBatch, Unit
+from ..config import Section
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A loss over packs, built from its section of the recipe.
 
     Attributes:
+        section: the recipe section that it is built from; its name is the objective's.
+        reads: what its data are.
         needs: columns that must be filled before the step.
         head: what the model's last layer gives.
         metrics: names of what `loss` measures besides the loss itself, in the order of `LossSum.metrics`.
     """
 
-    @property
-    def needs(self) -> frozenset[Column]: ...
-    @property
-    def head(self) -> Head: ...
-    @property
-    def metrics(self) -> tuple[str, ...]: ...
+    section: ClassVar[type[Section]]
+    reads: Kind
+    needs: frozenset[Column] = frozenset()
+    head: Head = Head.LM
+    metrics: tuple[str, ...] = ()
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack.
 
@@ -34,20 +41,16 @@ class Objective(Protocol):
             out: what the head gave, float32 (T,): log-probabilities of the labels or values, 0 in rows that it
                 did not compute.
         """
-        ...
-
-    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
-        """Metrics by name, from the sums and counts of everything that was measured."""
-        ...
-
-
-@runtime_checkable
-class KnownRowGradient(Protocol):
-    """An objective whose loss is one number times the sum of what the head gave, each row by its token's weight."""
 
     def row_gradient(self, counts: Mapping[Unit, float]) -> float | None:
-        """That number, with the loss divided by its count; None if it is not known after all."""
-        ...
+        """For a loss that is one number times the sum of what the head gave, each row by its token's weight: that
+        number, with the loss divided by its count; None for any other loss."""
+        del counts
+        return None
+
+    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Metrics by TRL's names, from the sums and counts of everything that was measured."""
+        return means(self.metrics, sums_M2)
 
 
 def means(names: Sequence[str], sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:

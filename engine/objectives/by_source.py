@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..batch import Column, LossSum, PackedBatch, Unit
-from .base import KnownRowGradient, Objective, means
+from .base import Objective, means
 
 
-class BySource:
+class BySource(Objective):
     """An objective over log-probabilities, and `loss/NAME`: the weighted loss per token of each source's samples.
 
     Args:
@@ -23,11 +23,12 @@ class BySource:
     """
 
     def __init__(self, objective: Objective, sources: Sequence[str]) -> None:
+        super().__init__(objective.config)
         names = list(dict.fromkeys(sources))
         self._objective = objective
         self._curve_of = [names.index(name) for name in sources]
         self._curves = tuple(f"loss/{name}" for name in names)
-        self.needs, self.head = objective.needs, objective.head
+        self.reads, self.needs, self.head = objective.reads, objective.needs, objective.head
         self.metrics = (*objective.metrics, *self._curves)
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
@@ -36,8 +37,8 @@ class BySource:
         return LossSum(inner.totals, torch.cat((inner.metrics, self._by_source(out.detach(), batch))))
 
     def row_gradient(self, counts: Mapping[Unit, float]) -> float | None:
-        """The objective's own; see KnownRowGradient."""
-        return self._objective.row_gradient(counts) if isinstance(self._objective, KnownRowGradient) else None
+        """The objective's own."""
+        return self._objective.row_gradient(counts)
 
     def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
         """The objective's metrics, and the curves of those sources that had a token with a loss."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
     PAIR_METRICS,
     PairValues,
@@ -20,7 +19,7 @@ from .answers import (
     of_pairs,
     pair_metrics,
 )
-from .base import means
+from .base import Objective
 from .sections import ReferenceSection
 
 
@@ -52,18 +51,19 @@ class DPOConfig(ReferenceSection):
         return self
 
 
-class DPO:
+class DPO(Objective):
     """A loss of Δ = log π/π_ref (chosen) − log π/π_ref (rejected), averaged over the pairs of the step.
 
     sigmoid: −log σ(βΔ). hinge: max(0, 1 − βΔ). robust: ((1 − ε)(−log σ(βΔ)) + ε log σ(−βΔ)) / (1 − 2ε).
     ipo: (Δ' − 1/2β)², where Δ' takes each log-ratio per token, as its authors advise.
     """
 
+    section = DPOConfig
+    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.REF_LOGPROB})
-    head = Head.LM
 
     def __init__(self, config: DPOConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.metrics = (*PAIR_METRICS, *(("nll_loss",) if config.sft_weight else ()))
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
@@ -81,10 +81,6 @@ class DPO:
             n_tokens = of_pairs(answer_length(batch), batch).chosen.sum()
             rows = torch.cat((rows, torch.stack((likelihood.detach(), n_tokens))[None]))
         return LossSum(totals, rows)
-
-    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
-        """TRL's names."""
-        return means(self.metrics, sums_M2)
 
     def _losses(self, ratios: PairValues, batch: PackedBatch) -> Tensor:
         beta, epsilon = self.config.beta, self.config.label_smoothing

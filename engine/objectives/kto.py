@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import answer_logprob
-from .base import means
+from .base import Objective, means
 from .sections import ReferenceSection
 
 
@@ -31,19 +31,17 @@ class KTOConfig(ReferenceSection):
     undesirable_weight: float = Field(1.0, gt=0)
 
 
-class KTO:
+class KTO(Objective):
     """w (1 − σ(±β (log π/π_ref − z₀))), + for good answers and − for bad, averaged over the step's answers.
 
     z₀ is the mean, over the whole step, of log π/π_ref for the answer of another sample, and never below 0.
     No gradient flows through it.
     """
 
+    section = KTOConfig
+    reads = Kind.LABELLED
     needs = frozenset({Column.DESIRABLE, Column.REF_LOGPROB, Column.BASELINE})
-    head = Head.LM
     metrics = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
-
-    def __init__(self, config: KTOConfig) -> None:
-        self.config = config
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
     PAIR_METRICS,
     PairValues,
@@ -22,7 +21,7 @@ from .answers import (
     pair_metrics,
     segment_sums,
 )
-from .base import means
+from .base import Objective
 from .sections import AnswerSection
 
 
@@ -38,18 +37,16 @@ class ORPOConfig(AnswerSection):
     beta: float = Field(gt=0)
 
 
-class ORPO:
+class ORPO(Objective):
     """NLL of prompt and chosen answer per token, minus β log σ(log odds ratio) per pair.
 
     The odds of an answer are p / (1 − p) with p = exp(mean log-probability of its tokens).
     """
 
+    section = ORPOConfig
+    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.IN_ANSWER})
-    head = Head.LM
     metrics = (*PAIR_METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
-
-    def __init__(self, config: ORPOConfig) -> None:
-        self.config = config
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
@@ -70,10 +67,6 @@ class ORPO:
             {Unit.TOKEN: likelihood.float(), Unit.PAIR: -beta * ratio_P.sum().float()},
             torch.cat((measured[:n_shared], nll_row, measured[n_shared:])),
         )
-
-    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
-        """TRL's names."""
-        return means(self.metrics, sums_M2)
 
 
 def _log1mexp(x: Tensor) -> Tensor:

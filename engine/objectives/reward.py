@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Head, Kind, LossSum, PackedBatch, Unit
 from .answers import metric_rows, of_pairs
-from .base import means
+from .base import Objective, means
 from .sections import AnswerSection
 
 # Confidence of a pair is σ(|r_w − r_l|), from a half to one.
@@ -48,13 +48,15 @@ class RewardConfig(AnswerSection):
         return self
 
 
-class Reward:
+class Reward(Objective):
     """−log σ(r_w − r_l − m) + α [(r_w − s_w)² + (r_l − s_l)²] + c (r_w + r_l)², averaged over the step's pairs.
 
     r rewards of the chosen and the rejected answer, s their normalised scores, m the pair's margin. α is 0 in a
     pair without scores (Baichuan Alignment Technical Report, arXiv 2410.14940).
     """
 
+    section = RewardConfig
+    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.SCORE, Column.MARGIN})
     head = Head.SCALAR
     metrics = (
@@ -68,9 +70,6 @@ class Reward:
             for what in ("confidence", "accuracy")
         ),
     )
-
-    def __init__(self, config: RewardConfig) -> None:
-        self.config = config
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Kind, LossSum, PackedBatch, Unit
 from ..config import Section
+from .base import Objective
 
 
 class SFTConfig(Section):
@@ -21,15 +22,14 @@ class SFTConfig(Section):
     name: Literal["sft"] = "sft"
 
 
-class SFT:
+class SFT(Objective):
     """−Σ w log p(label) / Σ w over the loss tokens of the whole step; w is 1 where data say no other."""
 
-    needs: frozenset[Column] = frozenset()
-    head = Head.LM
-    metrics: tuple[str, ...] = ()
+    section = SFTConfig
+    reads = Kind.CONVERSATIONS
 
     def __init__(self, config: SFTConfig | None = None) -> None:
-        del config  # it has no key but its name
+        super().__init__(config or SFTConfig())
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
@@ -37,9 +37,5 @@ class SFT:
         return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
 
     def row_gradient(self, counts: Mapping[Unit, float]) -> float:
-        """See KnownRowGradient."""
+        """See Objective."""
         return -1 / (counts[Unit.TOKEN] or 1)
-
-    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
-        """Nothing but the loss."""
-        return {}

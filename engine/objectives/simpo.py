@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..batch import Column, Head, LossSum, PackedBatch, Unit
+from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
     PAIR_METRICS,
     PairValues,
@@ -19,7 +18,7 @@ from .answers import (
     of_pairs,
     pair_metrics,
 )
-from .base import means
+from .base import Objective
 from .sections import AnswerSection
 
 
@@ -37,15 +36,13 @@ class SimPOConfig(AnswerSection):
     gamma: float = Field(ge=0)
 
 
-class SimPO:
+class SimPO(Objective):
     """−log σ(β (log p(chosen)/|chosen| − log p(rejected)/|rejected|) − γ), averaged over the step's pairs."""
 
+    section = SimPOConfig
+    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR})
-    head = Head.LM
     metrics = PAIR_METRICS
-
-    def __init__(self, config: SimPOConfig) -> None:
-        self.config = config
 
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
@@ -53,7 +50,3 @@ class SimPO:
         rewards = PairValues(self.config.beta * per_token.chosen, self.config.beta * per_token.rejected)
         losses_P = -F.logsigmoid(rewards.chosen - rewards.rejected - self.config.gamma)
         return LossSum({Unit.PAIR: losses_P.sum().float()}, metric_rows(*pair_metrics(rewards, per_token)))
-
-    def report(self, sums_M2: Sequence[Sequence[float]]) -> dict[str, float]:
-        """TRL's names."""
-        return means(self.metrics, sums_M2)

@@ -48,7 +48,9 @@ def make_labelled(n: int = 12, *, seed: int = 6) -> list[Group]:
         answers = []
         for _ in range((1, 1, 2, 1, 3)[i % 5]):
             tokens = draw.integers(0, 251, draw.integers(1, 30))
-            answers.append(Answer(tokens, np.ones(len(tokens), dtype=bool), id=id_, desirable=id_ % 3 != 0))
+            answers.append(
+                Answer(tokens, np.ones(len(tokens), dtype=np.float32), id=id_, desirable=id_ % 3 != 0)
+            )
             id_ += 1
         groups.append(Group(draw.integers(0, 251, draw.integers(1, 30)), tuple(answers)))
     return groups
@@ -179,6 +181,19 @@ def simpo_loss(model: Any, pairs: Sequence[Group], *, beta: float, gamma: float)
 
     fake = trainer(alpha=0.0, loss_type="simpo", simpo_gamma=gamma, beta=beta, label_smoothing=0.0)
     return CPOTrainer.cpo_loss(fake, *per_token(model, pairs))[0].mean()
+
+
+def cpo_loss(
+    model: Any, pairs: Sequence[Group], *, beta: float, loss_type: str, label_smoothing: float, alpha: float
+) -> Tensor:
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    fake = trainer(alpha=0.0, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing)
+    rows = [logprobs_of(model, ids, labels) for ids, labels in chosen_then_rejected(pairs)]
+    sums = torch.stack([row.sum() for row in rows])
+    n_tokens = sum(int((labels[1:] != -100).sum()) for _, labels in chosen_then_rejected(pairs)[: len(pairs)])
+    losses = CPOTrainer.cpo_loss(fake, sums[: len(pairs)], sums[len(pairs) :])[0]
+    return losses.mean() - alpha * sums[: len(pairs)].sum() / n_tokens
 
 
 def orpo_loss(model: Any, pairs: Sequence[Group], *, beta: float) -> Tensor:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from paralign.engine.batch import Head
+from paralign.engine.batch import Head, Kind
 from paralign.engine.data.answers import AnswerLayout, mismatch, rows_of
+from paralign.engine.objectives import OBJECTIVES
+from paralign.engine.objectives.cpo import CPOConfig
 from paralign.engine.objectives.dpo import DPOConfig
 from paralign.engine.objectives.kto import KTOConfig
 from paralign.engine.objectives.orpo import ORPOConfig
@@ -35,6 +37,7 @@ from .preference_certificate import (
 )
 from .preference_reference import (
     Models,
+    cpo_loss,
     dpo_loss,
     kto_loss,
     logprobs_of,
@@ -76,6 +79,8 @@ CONFIGS: dict[str, Any] = {
     "dpo + sft": DPOConfig(name="dpo", beta=0.1, sft_weight=0.5),
     "simpo": SimPOConfig(name="simpo", beta=2.0, gamma=0.5),
     "orpo": ORPOConfig(name="orpo", beta=0.2),
+    "cpo": CPOConfig(name="cpo", beta=0.1, label_smoothing=0.1, cpo_alpha=0.7),
+    "cpo ipo": CPOConfig(name="cpo", beta=0.1, loss_type="ipo", cpo_alpha=0),
     **{
         f"kto, {plan}": KTOConfig(name="kto", beta=0.1, desirable_weight=1.5, undesirable_weight=0.8)
         for plan in PLANS["labelled"]
@@ -114,6 +119,8 @@ REFERENCES: dict[str, Callable[[Models], torch.Tensor]] = {
     "dpo + sft": _dpo("sigmoid", "sft", weights=(1.0, 0.5)),
     "simpo": lambda m: simpo_loss(m.lm, m.pairs, beta=2.0, gamma=0.5),
     "orpo": lambda m: orpo_loss(m.lm, m.pairs, beta=0.2),
+    "cpo": lambda m: cpo_loss(m.lm, m.pairs, beta=0.1, loss_type="sigmoid", label_smoothing=0.1, alpha=0.7),
+    "cpo ipo": lambda m: cpo_loss(m.lm, m.pairs, beta=0.1, loss_type="ipo", label_smoothing=0.0, alpha=0.0),
     **{f"kto, {name}": _kto(plan, f"kto, {name}") for name, plan in PLANS["labelled"].items()},
 }
 
@@ -242,6 +249,12 @@ def test_dpo_starts_at_ln_2(layout: str, ranks: RankPool, references: Callable[[
     cached, online = ranks.run(world_size, first_loss, keys, references("llama"), case)[0]
     assert abs(cached - math.log(2)) < 1e-6
     assert abs(online - math.log(2)) < 1e-6
+
+
+def test_every_objective_over_answers_has_a_row() -> None:
+    wanted = {name for name, objective in OBJECTIVES.items() if objective.reads is not Kind.CONVERSATIONS}
+    assert {config.name for config in CONFIGS.values()} == wanted
+    assert CONFIGS.keys() == REFERENCES.keys()
 
 
 def test_ranks_get_unequal_numbers_of_pairs() -> None:

@@ -106,7 +106,7 @@ def test_the_tokenizer_is_the_models_unless_given(project: Path) -> None:
         (["checkpoint.max_shard_size=5 GB"], "expected text that matches"),
         (
             ["objective=dop"],
-            'objective.name: read "dop"; expected sft, reward, dpo, kto, simpo or orpo; did you',
+            'objective.name: read "dop"; expected sft, reward, dpo, kto, simpo, orpo or cpo; did you',
         ),
         (["objective=dpo"], "objective=dpo objective.beta: missing: how strongly the policy is held"),
         (["objective={name: dpo, bta: 1}"], "objective.bta: unknown key; did you mean beta?"),

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from paralign.engine.batch import Column, Head, Unit
+from paralign.engine.batch import Column, Head, Kind, Unit
 from paralign.engine.data.answers import AnswerLayout
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
 from paralign.engine.data.loader import PackLoader
-from paralign.engine.data.preference import Kind
 from paralign.models.errors import DataError
 
 PAIRS = AnswerLayout(frozenset({Column.PAIR, Column.SCORE}), Head.LM, share_prefix=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from paralign.engine.data.preference import Kind, read_preference
+from paralign.engine.batch import Kind
+from paralign.engine.data.preference import read_preference
 from paralign.models.errors import DataError
 
 Q = {"role": "user", "content": "Why?"}

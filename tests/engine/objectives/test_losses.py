@@ -14,6 +14,7 @@ from paralign.engine.data.answers import Answer, AnswerLayout, Group
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.objectives import build_objective
 from paralign.engine.objectives.base import Objective
+from paralign.engine.objectives.cpo import CPOConfig
 from paralign.engine.objectives.dpo import DPOConfig
 from paralign.engine.objectives.kto import KTOConfig
 from paralign.engine.objectives.orpo import ORPOConfig
@@ -100,6 +101,26 @@ def test_simpo() -> None:
     assert total.item() == pytest.approx(math.log1p(math.exp(-(2 * (-1.5 + 2.0) - 0.5))))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, math.log1p(math.exp(-2.5))),
+        ({"label_smoothing": 0.2}, 0.8 * math.log1p(math.exp(-2.5)) + 0.2 * math.log1p(math.exp(2.5))),
+        ({"loss_type": "hinge"}, 0.0),
+        ({"loss_type": "ipo"}, (5.0 - 1.0) ** 2),
+    ],
+)
+def test_cpo(options: dict[str, Any], expected: float) -> None:
+    objective = build_objective(CPOConfig(name="cpo", beta=0.5, cpo_alpha=3.0, **options))
+    pack = _pack(objective, PAIR)
+    sums = objective.loss(_logprobs(pack, LOGPROBS), pack)
+    assert sums.totals[Unit.PAIR].item() == pytest.approx(expected)
+    assert sums.totals[Unit.TOKEN].item() == pytest.approx(3.0 * 3.0)  # two tokens: divided in step.py
+    measured = objective.report(sums.metrics.tolist())
+    assert measured["nll_loss"] == pytest.approx(1.5)
+    assert measured["rewards/margins"] == pytest.approx(2.5)
+
+
 def test_orpo_learns_the_prompt_but_weighs_the_answers() -> None:
     objective = build_objective(ORPOConfig(name="orpo", beta=0.3))
     pack = _pack(objective, PAIR)
@@ -177,6 +198,7 @@ def test_the_squared_error_is_weighted_pair_by_pair() -> None:
         DPOConfig(name="dpo", beta=0.1, sft_weight=1.0),
         SimPOConfig(name="simpo", beta=1.0, gamma=0.1),
         ORPOConfig(name="orpo", beta=0.1),
+        CPOConfig(name="cpo", beta=0.1),
         KTOConfig(name="kto", beta=0.1),
         RewardConfig(name="reward", alpha=0.0),
     ],

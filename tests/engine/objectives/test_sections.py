@@ -18,6 +18,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "kto": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
     "orpo": {"beta": 0.1},
+    "cpo": {"beta": 0.1},
 }
 
 
@@ -43,6 +44,10 @@ def test_every_objective_is_built_from_its_section(name: str) -> None:
         ({"name": "kto", "beta": 0.1, "loss_type": "hinge"}, "loss_type"),
         ({"name": "simpo", "beta": 0.1, "gamma": 1.0, "reference": "online"}, "reference"),
         ({"name": "orpo", "beta": 0.1, "reference_model": "x"}, "reference_model"),
+        (
+            {"name": "cpo", "beta": 0.1, "loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing is not read",
+        ),
         ({"name": "sft", "share_prefix": True}, "share_prefix"),
         ({"name": "reward", "alpha": 0.1}, "alpha needs score_range"),
         ({"name": "reward", "alpha": 0.0, "score_range": [1, 5]}, "score_range is not read where alpha is 0"),
