@@ -14,14 +14,8 @@ with warnings.catch_warnings():
     # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-        FullyParallelLoadStrategyWrapper,
-        FullyParallelSaveStrategyWrapper,
-    )
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -83,8 +77,6 @@ __all__ = [
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",
-    "FullyParallelLoadStrategyWrapper",
-    "FullyParallelSaveStrategyWrapper",
     "IdentityOp",
     "LanguageModelEmbedding",
     "LanguageModule",
@@ -98,7 +90,6 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
-    "ShardedObject",
     "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
     "TransformerBlock",
@@ -109,7 +100,6 @@ __all__ = [
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",
-    "get_default_load_sharded_strategy",
     "get_forward_backward_func",
     "get_megatron_optimizer",
     "get_num_layers_to_build",

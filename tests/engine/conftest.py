@@ -62,6 +62,20 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def native(project: Path) -> Path:
+    """A native checkpoint of the project's model, with weights from seed 0."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from paralign.engine.convert import convert
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")
+    convert(Path("model"), Path("native"), progress=False)
+    return Path("native")
+
+
 def _write_model(directory: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 

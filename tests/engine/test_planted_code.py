@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from torch.distributed.checkpoint.metadata import Metadata
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.check import check
 from paralign.engine.checkpoint.source import open_source
@@ -44,14 +42,6 @@ def harm(project: Path) -> Iterator[Harm]:
     assert not planted.mark.exists()
     pickle.loads(pickle.dumps(planted))
     assert planted.mark.exists()
-
-
-@pytest.fixture
-def native(project: Path) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")
-    convert(Path("model"), Path("native"), progress=False)
-    return Path("native")
 
 
 def _opened_by_check(*overrides: str) -> None:

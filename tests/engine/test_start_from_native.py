@@ -3,24 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.check import check
 from paralign.engine.checkpoint.source import open_source
-from paralign.engine.convert import convert
 from paralign.engine.recipe import load
 from paralign.models.errors import CheckpointError
 from paralign.models.weights import bit_equal
-
-
-@pytest.fixture
-def native(project: Path) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")
-    convert(Path("model"), Path("native"), progress=False)
-    return Path("native")
-
 
 OVERRIDES = ["model.hf=native", "model.init=weights"]
 
