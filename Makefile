@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.11,<2.14
 BIN := .venv/bin
 
-.PHONY: demo test lint certificate clean
+.PHONY: demo test test-slow lint certificate clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -18,6 +18,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Faults, signals and runs of an older commit, with real processes: some ten minutes.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest tests/distributed -m slow
 
 # The full product of the certificates, and every fault: the better part of an hour.
 certificate: .venv/installed
