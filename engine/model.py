@@ -148,7 +148,7 @@ class Model:
         copy of the model, the buckets hold that stage's tensors; elsewhere they are empty, or there are none.
 
         Args:
-            bucket_bytes: a bucket is handed on when it holds as many; a larger tensor is a bucket of its own.
+            bucket_bytes: no bucket holds more, but for one of a single native tensor that is larger.
         """
         self.synchronize()
         if self.mesh.dp_rank > 0:
@@ -160,14 +160,15 @@ class Model:
             if native not in rules:  # the copy of tied embeddings on the last stage
                 continue
             rule, shards = rules[native], [parameter.detach()]
-            gathered += parameter.nbytes * (self.mesh.layout.tp if rule.split is not None else 1)
+            nbytes = parameter.nbytes * (self.mesh.layout.tp if rule.split is not None else 1)
+            if gathered and gathered + nbytes > bucket_bytes:
+                yield bucket
+                bucket, gathered = {}, 0
+            gathered += nbytes
             if rule.split is not None:
                 shards = self._gathered(shards[0])
             if self.mesh.tp_rank == 0:
                 bucket |= rule.join(shards)
-            if gathered >= bucket_bytes:
-                yield bucket
-                bucket, gathered = {}, 0
         if gathered:
             yield bucket
 

@@ -57,11 +57,15 @@ def set_aside(directory: Path) -> Path:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory; what is left of it where that is cut short is called `.NAME.removed`."""
-    doomed = directory.with_name(f".{directory.name.lstrip('.')}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(directory, doomed)
-    shutil.rmtree(doomed)
+    """Remove a directory, or a link to one; what is left where that is cut short is called `.NAME.removed`."""
+    if directory.is_symlink():
+        directory.unlink()
+        return
+    doomed = directory.with_name(f".{directory.name.strip('.').removesuffix('.removed')}.removed")
+    if doomed != directory:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what a file system holds on to is removed another time
 
 
 def sync_tree(directory: Path) -> None:

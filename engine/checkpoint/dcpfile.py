@@ -35,7 +35,7 @@ from paralign.models.weights import Parts, Shape
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
-from .unpickle import METADATA, Names, Restricted, read_metadata, unreadable
+from .unpickle import METADATA, Names, Restricted, inert, read_metadata, unreadable
 
 ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
 
@@ -90,6 +90,12 @@ class CheckpointFiles:
         whole = None
         for chunk in stored.chunks:
             piece = self._piece(name, self._storage[MetadataIndex(name, chunk.offsets)])
+            found, said = (tuple(piece.shape), piece.dtype), (tuple(chunk.sizes), stored.properties.dtype)
+            if found != said:
+                raise CheckpointError(
+                    f"{self._directory}: {name}: a piece of {found[0]}, {found[1]}, where {METADATA} says {said[0]}, "
+                    f"{said[1]}; copy the checkpoint again"
+                )
             if tuple(piece.shape) == tuple(stored.size):
                 return piece
             if whole is None:
@@ -121,12 +127,15 @@ class CheckpointFiles:
                 file.seek(header + 26)
                 lengths = file.read(
                     4
-                )  # two bytes of the name, two of what is extra: the archive's end has others
+                )  # two bytes of the name, two of the extra: the archive's end has others
+            skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            n_elements = info.file_size // plan.dtype.itemsize
+            if not n_elements:
+                return torch.empty(plan.shape, dtype=plan.dtype)
+            flat = mapped.tensor(header + 30 + skipped, plan.dtype, n_elements)
+            return flat.as_strided(plan.shape, plan.stride, plan.first)
         except Exception as error:  # of a file that is not one, anything
             raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
-        skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-        flat = mapped.tensor(header + 30 + skipped, plan.dtype, info.file_size // plan.dtype.itemsize)
-        return flat.as_strided(plan.shape, plan.stride, plan.first)
 
 
 class CheckpointFileWriter:
@@ -248,11 +257,16 @@ STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "H
 
 class _Unpickler(Restricted):
     known: ClassVar[Names] = {
-        ("torch._utils", "_rebuild_tensor_v2"): _plan,
-        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+        ("torch._utils", "_rebuild_tensor_v2"): inert(_plan),
+        ("torch._utils", "_rebuild_parameter"): inert(lambda data, *_: data),
         ("collections", "OrderedDict"): OrderedDict,
         **{("torch", kind): dtype for kind, dtype in STORAGES.items()},
     }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name.endswith("Storage") and name not in STORAGES:
+            raise pickle.UnpicklingError(f"it is of {name}; expected {', '.join(STORAGES)}")
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
         return pid[2], pid[1]

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 
 from paralign.models.errors import CheckpointError
@@ -22,6 +24,7 @@ from .config import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PROGRESS = "progress.json"
+_LEFT = re.compile(r"\.iter_\d{7,}\.aside|\.iter_\d{7,}(\.aside)?\.removed")  # by kills
 _NAME = re.compile(r"iter_(\d{7,})|\.iter_(\d{7,})\.aside")
 
 
@@ -97,10 +100,11 @@ def publish(directory: Path) -> None:
 
     A kill at any moment leaves a complete checkpoint of that step, if there was one before.
     """
-    if directory.exists() and directory not in complete(directory.parent):
-        remove_directory(
-            directory
-        )  # so that one set aside, which is whole, stays until the newer one is there
+    if directory.exists() and not (directory / PROGRESS).is_file():
+        # Not a checkpoint of ours. It keeps what it holds, and one of ours that was set aside stays until the newer
+        # one is there.
+        others = (directory.with_name(f"{directory.name}.other{n}") for n in count(1))
+        os.rename(directory, next(name for name in others if not name.exists()))
     replace_directory(unfinished(directory), directory)
     write_whole(directory.parent / TRACKER, f"{_step_of(directory)}\n")
 
@@ -108,15 +112,15 @@ def publish(directory: Path) -> None:
 def rotate(root: Path, config: CheckpointConfig) -> None:
     """Remove all but the newest `keep_last` and the one where `keep_best` is lowest, and what kills have left."""
     checkpoints = complete(root)
-    for path in root.glob(".iter_*"):
-        if path not in checkpoints:
-            shutil.rmtree(path)
+    for path in root.iterdir():
+        if _LEFT.fullmatch(path.name) and path not in checkpoints:
+            remove_directory(path)
     if config.keep_last is None:
         return
     kept = set(checkpoints[-config.keep_last :])
     if config.keep_best:
         measured = [(read_progress(path).metrics.get(config.keep_best), path) for path in checkpoints]
-        ranked = [(value, path) for value, path in measured if value is not None]
+        ranked = [(value, path) for value, path in measured if value is not None and math.isfinite(value)]
         if ranked:
             kept.add(min(ranked)[1])
     for path in checkpoints:

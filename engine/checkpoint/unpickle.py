@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,14 +58,17 @@ class Restricted(pickle.Unpickler):
 
 
 class MetadataReader(FileSystemReader):
-    """torch's reader of a checkpoint's files, whose `.metadata` is read here."""
+    """torch's reader of a checkpoint's files, whose `.metadata` is read here, once."""
+
+    _found: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises CheckpointError as the function of this name."""
         del args, kwargs
-        found = read_metadata(Path(self.path))
-        found.storage_meta = StorageMeta(load_id=self.load_id)
-        return found
+        if self._found is None:
+            self._found = read_metadata(Path(self.path))
+            self._found.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._found
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -176,8 +179,12 @@ class _Properties(_Record): ...
 class _Chunk(_Record): ...
 
 
-def _nothing(*_: Any) -> None:
-    """Stands for a function, or a class that is called."""
+def inert(function: Callable[..., Any]) -> Any:
+    """What calls a function, and cannot be changed by a pickle, which could give a function other defaults."""
+    return type("Inert", (), {"__slots__": (), "__call__": lambda self, *values: function(*values)})()
+
+
+_nothing = inert(lambda *_: None)
 
 
 _OF_METADATA, _OF_PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
@@ -203,7 +210,7 @@ class _MetadataUnpickler(Restricted):
         (_OF_METADATA, "_MEM_FORMAT_ENCODING"): _nothing,
         (_OF_PLANNER, "WriteItemType"): _nothing,
         ("torch.serialization", "_get_layout"): _nothing,
-        ("pathlib", "PosixPath"): _nothing,
+        **{(module, "PosixPath"): _nothing for module in ("pathlib", "pathlib._local")},
     }
 
 
@@ -211,31 +218,47 @@ def _metadata(found: Any) -> Metadata:
     """torch's records of stand-ins; raises an error of any kind for what is not one of them."""
     whole = _fields(found, _Whole)
     stored, places = _checked(whole["state_dict_metadata"], dict), _checked(whole["storage_data"], dict)
+    tensors = {_checked(name, str): _stored(name, record) for name, record in stored.items()}
+    storage = dict(map(_placed, places.items()))
+    for name, record in tensors.items():
+        of_tensor = [chunk.offsets for chunk in getattr(record, "chunks", ())]
+        for index in [MetadataIndex(name, offsets) for offsets in of_tensor] or [MetadataIndex(name)]:
+            if index not in storage:
+                raise pickle.UnpicklingError(f"it does not say where {name} is")
     return Metadata(
-        state_dict_metadata={_checked(name, str): _stored(record) for name, record in stored.items()},
-        storage_data=dict(map(_placed, places.items())),
+        state_dict_metadata=tensors,
+        storage_data=storage,
         version=None if whole.get("version") is None else _checked(whole["version"], str),
     )
 
 
-def _stored(stored: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _stored(name: str, stored: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if type(stored) is _Objects:
         return BytesStorageMetadata()
     fields = _fields(stored, _Tensors)
     dtype, *_ = _checked(_checked(fields["properties"], _Properties).fields, tuple)
     chunks = [_fields(chunk, _Chunk) for chunk in _checked(fields["chunks"], list)]
-    return TensorStorageMetadata(
-        TensorProperties(dtype=_checked(dtype, torch.dtype)),
-        _size(fields["size"]),
-        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
-    )
+    whole = _size(fields["size"])
+    parts = [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks]
+    for part in parts:
+        bounds = list(zip(part.offsets, part.sizes, whole))
+        inside = len(part.offsets) == len(part.sizes) == len(whole)
+        if not inside or any(start < 0 or size < 0 or start + size > end for start, size, end in bounds):
+            raise pickle.UnpicklingError(
+                f"it has a piece of {name} that lies outside its shape {tuple(whole)}"
+            )
+    distinct = {part.offsets for part in parts if part.sizes.numel()}
+    n_elements = [part.sizes.numel() for part in parts]
+    if sum(n_elements) != whole.numel() or len(distinct) != sum(n > 0 for n in n_elements) or not parts:
+        raise pickle.UnpicklingError(f"its pieces of {name} do not make up its shape {tuple(whole)}")
+    return TensorStorageMetadata(TensorProperties(dtype=_checked(dtype, torch.dtype)), whole, parts)
 
 
 def _placed(item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
     index, place = _fields(item[0], _Index), _fields(item[1], _Place)
     offset = index.get("offset")
     file = _checked(place["relative_path"], str)
-    if Path(file).name != file:
+    if Path(file).name != file or file in ("", ".", ".."):
         raise pickle.UnpicklingError(f"it leads to {file}, outside the directory")
     if place.get("transform_descriptors"):
         raise pickle.UnpicklingError(f"it keeps {file} in another form than torch.save's")

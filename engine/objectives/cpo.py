@@ -52,7 +52,8 @@ class CPOConfig(AnswerSection):
 class CPO(Objective):
     """A loss of Δ = log p(chosen) − log p(rejected) over the step's pairs, and α times the NLL of the chosen answers.
 
-    sigmoid: −(1 − ε) log σ(βΔ) − ε log σ(−βΔ). hinge: max(0, 1 − βΔ). ipo: (Δ − 1/2β)².
+    sigmoid: −(1 − ε) log σ(βΔ) − ε log σ(−βΔ). hinge: max(0, 1 − βΔ). ipo: (Δ − 1/2β)²,
+    with log-probabilities, and so rewards and `logps`, per token.
     """
 
     section = CPOConfig
@@ -63,7 +64,9 @@ class CPO(Objective):
     def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         config: CPOConfig = self.config
-        logprobs = of_pairs(answer_logprob(out, batch), batch)
+        logprob_S, length_S = answer_logprob(out, batch), answer_length(batch)
+        whole = of_pairs(logprob_S, batch)
+        logprobs = of_pairs(logprob_S / length_S, batch) if config.loss_type == "ipo" else whole
         rewards = PairValues(config.beta * logprobs.chosen, config.beta * logprobs.rejected)
         scaled = rewards.chosen - rewards.rejected
         if config.loss_type == "hinge":
@@ -73,8 +76,8 @@ class CPO(Objective):
         else:
             smoothing = config.label_smoothing
             losses = -(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)
-        likelihood = -logprobs.chosen.sum()
-        n_tokens = of_pairs(answer_length(batch), batch).chosen.sum()
+        likelihood = -whole.chosen.sum()
+        n_tokens = of_pairs(length_S, batch).chosen.sum()
         rows = metric_rows(*pair_metrics(rewards, logprobs))
         return LossSum(
             {Unit.PAIR: losses.sum().float(), Unit.TOKEN: config.cpo_alpha * likelihood.float()},

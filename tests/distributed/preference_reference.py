@@ -189,11 +189,13 @@ def cpo_loss(
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
     fake = trainer(alpha=0.0, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing)
-    rows = [logprobs_of(model, ids, labels) for ids, labels in chosen_then_rejected(pairs)]
-    sums = torch.stack([row.sum() for row in rows])
-    n_tokens = sum(int((labels[1:] != -100).sum()) for _, labels in chosen_then_rejected(pairs)[: len(pairs)])
-    losses = CPOTrainer.cpo_loss(fake, sums[: len(pairs)], sums[len(pairs) :])[0]
-    return losses.mean() - alpha * sums[: len(pairs)].sum() / n_tokens
+    sequences = chosen_then_rejected(pairs)
+    sums = torch.stack([logprobs_of(model, ids, labels).sum() for ids, labels in sequences])
+    counts = torch.tensor([int((labels[1:] != -100).sum()) for _, labels in sequences])
+    # As TRL's trainer calls its loss: ipo takes the mean over an answer's tokens.
+    values = sums / counts if loss_type == "ipo" else sums
+    losses = CPOTrainer.cpo_loss(fake, values[: len(pairs)], values[len(pairs) :])[0]
+    return losses.mean() - alpha * sums[: len(pairs)].sum() / counts[: len(pairs)].sum()
 
 
 def orpo_loss(model: Any, pairs: Sequence[Group], *, beta: float) -> Tensor:

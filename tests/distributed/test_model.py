@@ -130,5 +130,5 @@ def test_tensors_come_whole_once_and_in_bounded_buckets(ranks: RankPool) -> None
     assert sorted(name for name, _ in named) == sorted(name for rule in rules_for(arch) for name in rule.hf)
     assert all(torch.equal(tensor, read(name)) for name, tensor in named)
     sizes = [sum(tensor.nbytes for tensor in bucket.values()) for buckets in every for bucket in buckets]
-    assert max(sizes) < 2 * largest
+    assert max(sizes) <= largest
     assert sum(size > 0 for size in sizes) > 4

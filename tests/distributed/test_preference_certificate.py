@@ -80,7 +80,7 @@ CONFIGS: dict[str, Any] = {
     "simpo": SimPOConfig(name="simpo", beta=2.0, gamma=0.5),
     "orpo": ORPOConfig(name="orpo", beta=0.2),
     "cpo": CPOConfig(name="cpo", beta=0.1, label_smoothing=0.1, cpo_alpha=0.7),
-    "cpo ipo": CPOConfig(name="cpo", beta=0.1, loss_type="ipo", cpo_alpha=0),
+    "cpo ipo": CPOConfig(name="cpo", beta=0.1, loss_type="ipo", cpo_alpha=0.2),
     **{
         f"kto, {plan}": KTOConfig(name="kto", beta=0.1, desirable_weight=1.5, undesirable_weight=0.8)
         for plan in PLANS["labelled"]
@@ -120,7 +120,7 @@ REFERENCES: dict[str, Callable[[Models], torch.Tensor]] = {
     "simpo": lambda m: simpo_loss(m.lm, m.pairs, beta=2.0, gamma=0.5),
     "orpo": lambda m: orpo_loss(m.lm, m.pairs, beta=0.2),
     "cpo": lambda m: cpo_loss(m.lm, m.pairs, beta=0.1, loss_type="sigmoid", label_smoothing=0.1, alpha=0.7),
-    "cpo ipo": lambda m: cpo_loss(m.lm, m.pairs, beta=0.1, loss_type="ipo", label_smoothing=0.0, alpha=0.0),
+    "cpo ipo": lambda m: cpo_loss(m.lm, m.pairs, beta=0.1, loss_type="ipo", label_smoothing=0.0, alpha=0.2),
     **{f"kto, {name}": _kto(plan, f"kto, {name}") for name, plan in PLANS["labelled"].items()},
 }
 

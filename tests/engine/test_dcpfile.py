@@ -81,6 +81,57 @@ def test_the_shares_of_several_ranks_are_put_together(tmp_path, dim):
     assert bit_equal(loaded["a"], whole)
 
 
+CHUNK = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored.chunks.clear(), "pieces of a do not make up its shape"),
+        (lambda stored: stored.chunks.__setitem__(0, CHUNK), "pieces of a do not make up its shape"),
+        (lambda stored: stored.chunks.append(stored.chunks[0]), "pieces of a do not make up its shape"),
+        (
+            lambda stored: setattr(stored.chunks[0], "offsets", torch.Size([-2, 0])),
+            "piece of a that lies outside",
+        ),
+        (
+            lambda stored: setattr(stored.chunks[0], "offsets", torch.Size([1, 0])),
+            "piece of a that lies outside",
+        ),
+        (lambda stored: setattr(stored.chunks[0], "sizes", torch.Size([12])), "piece of a that lies outside"),
+    ],
+)
+def test_pieces_that_are_not_the_whole_are_refused(tmp_path, change, message):
+    write(tmp_path, {"a": torch.randn(4, 3)})
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata["a"])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointFiles(tmp_path)
+
+
+def test_a_piece_that_is_another_one_is_refused(tmp_path):
+    write(tmp_path, {"a": torch.randn(4, 3)})
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["a"].properties.dtype = torch.bfloat16
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"a: a piece of \(4, 3\), torch.float32, where .metadata says"):
+        CheckpointFiles(tmp_path).read("a")
+
+
+def test_a_tensor_without_elements_is_read(tmp_path):
+    dcp.save({"a": torch.zeros(0, 3), "b": torch.zeros(2)}, checkpoint_id=tmp_path, no_dist=True)
+    assert CheckpointFiles(tmp_path).read("a").shape == (0, 3)
+
+
+def test_a_function_that_a_pickle_names_cannot_be_changed(tmp_path):
+    write(tmp_path, {"a": torch.zeros(3)})
+    for name in ("torch.serialization\n_get_layout", "pathlib\nPosixPath"):
+        (tmp_path / ".metadata").write_bytes(f"c{name}\n(N}}S'__defaults__'\n(I1\ntstb.".encode())
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            CheckpointFiles(tmp_path)
+
+
 class Harm:
     def __reduce__(self):
         return print, ("harm",)

@@ -52,11 +52,26 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     ],
 )
 def test_the_newest_and_the_best_stay(tmp_path: Path, config: dict[str, object], kept: list[int]) -> None:
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)):
+    for step, loss in ((1, float("nan")), (2, 1.0), (3, 2.0), (4, 4.0)):
         _save(tmp_path, step, **{"validation/chat/loss": loss})
     store.rotate(tmp_path, CheckpointConfig(**config))
     assert store.complete(tmp_path) == [store.directory_of(tmp_path, step) for step in kept]
     assert store.passed_over(tmp_path) == []
+
+
+def test_rotation_takes_its_own_and_no_other(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    elsewhere = tmp_path / "large disk"
+    store.directory_of(tmp_path, 1).rename(elsewhere)
+    store.directory_of(tmp_path, 1).symlink_to(elsewhere)
+    (tmp_path / ".iter_0000001.swp").touch()
+    for name in (".iter_0000001.mine", "iter_0000002.old", ".iter_0000009.removed", ".iter_0000003.aside"):
+        (tmp_path / name).mkdir()
+    store.rotate(tmp_path, CheckpointConfig(keep_last=1))
+    left = {path.name for path in tmp_path.iterdir()} - {store.TRACKER, "large disk"}
+    assert left == {"iter_0000003", ".iter_0000001.swp", ".iter_0000001.mine", "iter_0000002.old"}
+    assert (elsewhere / store.PROGRESS).is_file()
 
 
 def test_a_directory_without_progress_is_no_checkpoint(tmp_path: Path) -> None:
@@ -127,7 +142,7 @@ def test_killed_at_any_operation_a_complete_checkpoint_is_there(tmp_path: Path) 
 def test_one_set_aside_stays_until_the_newer_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where something without progress has the name, as older code left a removal that was cut short."""
+    """Where something without progress has the name: a checkpoint of Megatron's own, or a removal cut short."""
     _save(tmp_path, 5, loss=1.0).rename(tmp_path / ".iter_0000005.aside")
     directory = store.directory_of(tmp_path, 5)
     (directory / "hf").mkdir(parents=True)
@@ -144,7 +159,8 @@ def test_one_set_aside_stays_until_the_newer_one_is_there(
     monkeypatch.setattr(os, "replace", watched)
     store.publish(directory)
     assert store.read_progress(directory).metrics == {"loss": 2.0}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", store.TRACKER]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["iter_0000005", "iter_0000005.other1", store.TRACKER]
 
 
 def test_what_is_published_is_on_the_disk_before_it_has_its_name(

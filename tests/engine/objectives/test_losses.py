@@ -107,7 +107,7 @@ def test_simpo() -> None:
         ({}, math.log1p(math.exp(-2.5))),
         ({"label_smoothing": 0.2}, 0.8 * math.log1p(math.exp(-2.5)) + 0.2 * math.log1p(math.exp(2.5))),
         ({"loss_type": "hinge"}, 0.0),
-        ({"loss_type": "ipo"}, (5.0 - 1.0) ** 2),
+        ({"loss_type": "ipo"}, (-1.5 + 2.0 - 1.0) ** 2),
     ],
 )
 def test_cpo(options: dict[str, Any], expected: float) -> None:
@@ -118,7 +118,7 @@ def test_cpo(options: dict[str, Any], expected: float) -> None:
     assert sums.totals[Unit.TOKEN].item() == pytest.approx(3.0 * 3.0)  # two tokens: divided in step.py
     measured = objective.report(sums.metrics.tolist())
     assert measured["nll_loss"] == pytest.approx(1.5)
-    assert measured["rewards/margins"] == pytest.approx(2.5)
+    assert measured["rewards/margins"] == pytest.approx(0.25 if options.get("loss_type") == "ipo" else 2.5)
 
 
 def test_orpo_learns_the_prompt_but_weighs_the_answers() -> None:
