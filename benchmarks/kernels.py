@@ -34,7 +34,7 @@ from paralign.engine.kernels.library import find_library
 from paralign.engine.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from paralign.engine.kernels.rope import rope, rope_ref
 from paralign.engine.kernels.swiglu import swiglu, swiglu_ref
-from paralign.engine.kernels.token_logprob import WORKSPACE_BYTES, token_logprob
+from paralign.engine.kernels.token_statistics import WORKSPACE_BYTES, token_statistics
 from paralign.models.weight_gradient import accumulate
 
 
@@ -252,9 +252,10 @@ def products(shape: Shape, device: torch.device, clock: Clock) -> list[Result]:
 
     def ours(hidden: Tensor, weight: Any, row_gradient: Tensor | None = None) -> Tensor:
         weight.main_grad, weight.grad_added_to_main_grad = main_grad, False
-        return -token_logprob(
+        found = token_statistics(
             hidden, weight, labels, vocab_size=shape.vocabulary, row_gradient=row_gradient
-        ).mean()
+        )
+        return -found.logprob_R.mean()
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ weight.t()).float(), labels)

@@ -1,4 +1,4 @@
-"""What flows through the engine: packs, their columns, and sums of losses. Owns the shapes, no behaviour.
+"""What flows through the engine: packs, their columns, and sums of losses.
 
 Shape suffixes: T rows of a pack, S segments of a pack.
 """
@@ -11,6 +11,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from paralign.models.head_read import HeadRead, Quantity, Sampling, TopK
 
 if TYPE_CHECKING:  # Segments costs the import of megatron-core; recipe checks must start at once
     from paralign.models.segments import Segments
@@ -33,6 +35,8 @@ class Column(Enum):
     MARGIN = "margin"  # (P,) float32: by how much the chosen answer is better, at least; 0 if not stated
     REF_LOGPROB = "ref_logprob"  # (S,) float64: log p(answer | prompt) under the reference model
     BASELINE = "baseline"  # () float32: one number for the whole step
+    REF_TOP_TOKENS = "ref_top_tokens"  # (R, K) int64: the reference model's likeliest tokens
+    REF_TOP_LOGPROBS = "ref_top_logprobs"  # (R, K) float32: and their log-probabilities there
 
 
 class Kind(Enum):
@@ -44,10 +48,10 @@ class Kind(Enum):
 
 
 class Head(Enum):
-    """What the model's last layer gives for each loss row."""
+    """What the model's last layer is."""
 
-    LM = "lm"  # log-probability of the row's label
-    SCALAR = "scalar"  # a value
+    LM = "lm"
+    SCALAR = "scalar"
 
 
 class Unit(Enum):
@@ -84,6 +88,30 @@ class PackedBatch:
     def weights_R(self) -> Tensor:
         """Float32 (R,), the weight of each loss row."""
         return self.weights_T.index_select(0, self.loss_rows)
+
+    def read(
+        self,
+        quantities: frozenset[Quantity],
+        row_gradient: float | None = None,
+        sampling: Sampling | None = None,
+    ) -> HeadRead:
+        """The request for these quantities of the loss rows.
+
+        Args:
+            row_gradient: see `Objective.row_gradient`; each row's is this times its weight.
+            sampling: for `SAMPLED`.
+        """
+        reference = None
+        if Quantity.DIVERGENCE in quantities:
+            reference = TopK(self.columns[Column.REF_TOP_TOKENS], self.columns[Column.REF_TOP_LOGPROBS])
+        return HeadRead(
+            quantities,
+            self.loss_rows,
+            self.labels_T.index_select(0, self.loss_rows),
+            None if row_gradient is None else row_gradient * self.weights_R,
+            reference,
+            sampling,
+        )
 
 
 @dataclass

@@ -8,21 +8,22 @@ bound the cost.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .batch import PackedBatch
+from paralign.models.head_read import Quantity
+
 from .data.cache import TokenCache
 from .data.pack import pack_chats
 from .data.render import open_tokenizer
-from .kernels.greedy_token import greedy_token
 from .model import Model
 from .whole_file import write_whole
+
+LIKELIEST = frozenset({Quantity.LIKELIEST})
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,23 @@ def greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     # Other data-parallel ranks would compute the same, and micro-batches beyond the first are the schedule's.
     empty = pack_chats([], tokens_per_pack, mesh.device)
-    with _greedy_head(model):
-        for _ in range(max_new_tokens):
-            going = [i for i, answer in enumerate(answers) if not answer or answer[-1] not in stops]
-            if not going:
-                break
-            pack = empty
-            if mesh.dp_rank == 0:
-                rows = [np.concatenate((prompts[i], answers[i])) for i in going]
-                pack = pack_chats([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
-            packs = [pack] + [empty] * (mesh.layout.micro_batch_multiple - 1)
-            chosen = torch.zeros(len(going), dtype=torch.float64, device=mesh.device)
-            results = model.read(packs, _chosen)
-            if results and mesh.dp_rank == 0:
-                chosen += results[0]
-            for i, token in zip(going, mesh.sum_over_data_then_share(chosen).tolist()):
-                answers[i].append(int(token))
+    for _ in range(max_new_tokens):
+        going = [i for i, answer in enumerate(answers) if not answer or answer[-1] not in stops]
+        if not going:
+            break
+        pack = empty
+        if mesh.dp_rank == 0:
+            rows = [np.concatenate((prompts[i], answers[i])) for i in going]
+            pack = pack_chats([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
+        packs = [pack] + [empty] * (mesh.layout.micro_batch_multiple - 1)
+        chosen = torch.zeros(len(going), dtype=torch.float64, device=mesh.device)
+        results = model.read(
+            packs, lambda pack: pack.read(LIKELIEST), lambda out, _: out[Quantity.LIKELIEST].double()
+        )
+        if results and mesh.dp_rank == 0:
+            chosen += results[0]
+        for i, token in zip(going, mesh.sum_over_data_then_share(chosen).tolist()):
+            answers[i].append(int(token))
     return answers
 
 
@@ -94,24 +96,6 @@ def _asking(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weights = np.zeros(len(tokens) + 1, dtype=np.float32)
     weights[-1] = 1
     return np.append(tokens, 0), weights
-
-
-def _chosen(out_T: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    return out_T.index_select(0, batch.loss_rows).double()
-
-
-@contextmanager
-def _greedy_head(model: Model) -> Iterator[None]:
-    """The head gives tokens in place of log-probabilities."""
-    heads = [module.output_layer for module in model.modules if module.post_process]
-    operations = [head.token_logprob for head in heads]
-    for head in heads:
-        head.token_logprob = greedy_token
-    try:
-        yield
-    finally:
-        for head, operation in zip(heads, operations):
-            head.token_logprob = operation
 
 
 class Generations:

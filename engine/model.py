@@ -14,6 +14,7 @@ from torch import Tensor
 from paralign.models import rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
+from paralign.models.head_read import HeadOutput, HeadRead
 from paralign.models.mcore import DistributedDataParallel, TransformerConfig, get_forward_backward_func
 
 from .batch import PackedBatch
@@ -25,6 +26,7 @@ from .model_section import ModelConfig
 
 BUCKET_BYTES = 2**28  # of whole tensors that are gathered before they are handed on
 
+Ask = Callable[[PackedBatch], HeadRead]
 Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]  # of (out, pack=…): Megatron's (loss, count, report)
 
 
@@ -98,21 +100,20 @@ class Model:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
-    def run(
-        self, packs: Sequence[PackedBatch], loss: Loss, *, train: bool, row_gradient: float | None = None
-    ) -> list[Tensor]:
+    def run(self, packs: Sequence[PackedBatch], ask: Ask, loss: Loss, *, train: bool) -> list[Tensor]:
         """Megatron's schedule over this rank's packs.
 
         Args:
             packs: as many as on any other rank, all of one length.
-            row_gradient: see `Objective.row_gradient`; each row's is this times its weight.
+            ask: what the head is to give of a pack.
+            loss: what is made of it.
 
         Returns:
             What `loss` reported of each pack, in their order, on ranks of the last stage; elsewhere nothing.
         """
         chunks, iterators = self.chunks, [iter(packs) for _ in self.chunks]
         results: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=partial(_forward, loss=loss, row_gradient=row_gradient),
+            forward_step_func=partial(_forward, ask=ask, loss=loss),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(packs),
@@ -123,23 +124,25 @@ class Model:
         return results
 
     def read(
-        self, packs: Sequence[PackedBatch], keep: Callable[[Tensor, PackedBatch], Tensor]
+        self, packs: Sequence[PackedBatch], ask: Ask, keep: Callable[[HeadOutput, PackedBatch], Tensor]
     ) -> list[Tensor]:
         """Forward passes without gradients.
 
         Args:
             packs: this rank's; see `run`.
+            ask: what the head is to give of a pack.
             keep: what to keep of a pack, from what the head gave.
 
         Returns:
             What was kept, in the order of the packs, on ranks of the last stage; elsewhere nothing.
         """
 
-        def report(out: Tensor, *, pack: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-            return out.sum(), torch.zeros((), dtype=torch.int, device=out.device), keep(out, pack)
+        def report(out: HeadOutput, *, pack: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+            nothing = torch.zeros((), device=self.mesh.device)
+            return nothing, nothing.int(), keep(out, pack)
 
         with torch.no_grad():
-            return self.run(packs, report, train=False)
+            return self.run(packs, ask, report, train=False)
 
     def tensors(self, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """The whole tensors by Hugging Face name, a bucket at a time: for an export, or a rollout engine.
@@ -202,10 +205,6 @@ class Model:
                     parameter.copy_(kept)
 
 
-def _forward(
-    packs: Iterator[PackedBatch], module: Any, *, loss: Loss, row_gradient: float | None
-) -> tuple[Tensor, Any]:
+def _forward(packs: Iterator[PackedBatch], module: Any, *, ask: Ask, loss: Loss) -> tuple[Any, Any]:
     pack = next(packs)
-    known_R = None if row_gradient is None else row_gradient * pack.weights_R
-    out = module(pack.tokens_T, pack.labels_T, pack.loss_rows, pack.segments, known_R)
-    return out, partial(loss, pack=pack)
+    return module(pack.tokens_T, pack.segments, ask(pack)), partial(loss, pack=pack)

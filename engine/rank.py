@@ -188,7 +188,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     from .generate import Generations
     from .kernels.parts import describe_kernels, fused
     from .model import Model
-    from .objectives.by_source import BySource
+    from .objectives.measures import with_measures
     from .observe.health import Health
     from .observe.memory import Memory
     from .observe.metrics import MetricsLog
@@ -258,9 +258,9 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             + (f"; passed over {', '.join(left)}, not finished" if left else ""),
         }
     )
-    names = [source.name for source in recipe.data.train]
-    if len(set(names)) > 1 and not learns_answers:
-        objective = BySource(objective, names)
+    objective = with_measures(
+        objective, [source.name for source in recipe.data.train], recipe.observe.token_metrics
+    )
     generations = None
     if recipe.train.generate_samples and replay_step is None and not learns_answers:
         generations = Generations(
@@ -321,6 +321,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         profiler=Profiler(recipe.observe.profile, recipe.run_dir, rank=mesh.rank, device=mesh.device),
         first_step=first_step,
         total_steps=report.total_steps,
+        count_tokens="num_tokens" in recipe.observe.token_metrics,
         generations=generations,
         fillers={name.removeprefix("validation/"): found for name, found in fillers.items()},
     )

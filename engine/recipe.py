@@ -8,13 +8,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from paralign.models.head_read import Quantity
+
 from .checkpoint.config import CheckpointConfig
 from .checkpoint.hf import assets_of
 from .config import Section, decode
 from .data.config import DataConfig
 from .layout import LayoutConfig
 from .model_section import ModelConfig
-from .objectives import AnswerSection, ObjectiveConfig
+from .objectives import OBJECTIVES, AnswerSection, ObjectiveConfig
 from .observe.config import ObserveConfig
 from .recipe_file import apply_overrides, dump_yaml, load_recipe_file
 from .schedule import OptimizerConfig
@@ -104,6 +106,16 @@ class Recipe(Section):
                 )
         if self.train.generate_samples:
             raise ValueError("train.generate_samples answers conversations, not preferences; delete it")
+        return self
+
+    @model_validator(mode="after")
+    def _head_has_tokens(self) -> Recipe:
+        of_tokens = [name for name in self.observe.token_metrics if name != "num_tokens"]
+        if of_tokens and Quantity.VALUE in OBJECTIVES[self.objective.name].asks:
+            raise ValueError(
+                f"observe.token_metrics: {' and '.join(of_tokens)} need a language model's head, and objective "
+                f"{self.objective.name} has a scalar one; leave num_tokens only"
+            )
         return self
 
     @model_validator(mode="after")

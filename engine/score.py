@@ -7,15 +7,21 @@ kept on disk. Suffixes: S segments, N answers of a data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput, Quantity
+
 from .batch import Column, PackedBatch, StepBatch
 from .columns import BASELINE, REFERENCE
-from .model import Model
-from .objectives.answers import answer_logprob
+from .model import Ask, Model
+from .objectives.answers import answer_logprob, segment_sums
+
+LOGPROBS: Ask = partial(PackedBatch.read, quantities=frozenset({Quantity.LOGPROB}))
+VALUES: Ask = partial(PackedBatch.read, quantities=frozenset({Quantity.VALUE}))
 
 
 class KeptReference:
@@ -33,7 +39,7 @@ class KeptReference:
         """See Filler."""
         for packs in (batch.micro_batches, batch.mismatched):
             if packs:
-                for pack, logprob_S in zip(packs, self._reference.read(packs, answer_logprob)):
+                for pack, logprob_S in zip(packs, self._reference.read(packs, LOGPROBS, answer_logprob)):
                     pack.columns = {**pack.columns, Column.REF_LOGPROB: logprob_S}
 
 
@@ -79,7 +85,7 @@ class Baseline:
         policy = self._policy
         policy.synchronize()
         sums = torch.zeros(2, dtype=torch.float64, device=policy.mesh.device)
-        for pack, logprob_S in zip(batch.mismatched, policy.read(batch.mismatched, answer_logprob)):
+        for pack, logprob_S in zip(batch.mismatched, policy.read(batch.mismatched, LOGPROBS, answer_logprob)):
             answers = pack.columns[Column.ANSWERS]
             ratio_N = (logprob_S - pack.columns[Column.REF_LOGPROB]).index_select(0, answers)
             sums += torch.stack((ratio_N.sum(), ratio_N.new_tensor(ratio_N.numel())))
@@ -96,27 +102,28 @@ def score_answers(model: Model, steps: Iterable[Sequence[PackedBatch]], n_answer
         steps: this rank's packs, as many in each step as on any other rank; `ANSWER` says which place of the
             result a segment belongs to, and each place is named by one segment of one rank.
     """
-    return _collect(model, steps, n_answers, answer_logprob)
+    return _collect(model, steps, n_answers, LOGPROBS, answer_logprob)
 
 
 def score_values(model: Model, steps: Iterable[Sequence[PackedBatch]], n_answers: int) -> np.ndarray:
     """What a scalar head gives at the end of every answer, float64 (N,), on every rank; see `score_answers`."""
-    return _collect(model, steps, n_answers, _last_values)
+    return _collect(model, steps, n_answers, VALUES, _last_values)
 
 
-def _last_values(out_T: Tensor, batch: PackedBatch) -> Tensor:
-    return out_T.index_select(0, batch.segments.cu_seqlens_q[1:].long() - 1).double()
+def _last_values(out: HeadOutput, batch: PackedBatch) -> Tensor:
+    return segment_sums(out[Quantity.VALUE].double(), batch)
 
 
 def _collect(
     model: Model,
     steps: Iterable[Sequence[PackedBatch]],
     n_answers: int,
-    keep: Callable[[Tensor, PackedBatch], Tensor],
+    ask: Ask,
+    keep: Callable[[HeadOutput, PackedBatch], Tensor],
 ) -> np.ndarray:
     values_N = torch.zeros(n_answers, dtype=torch.float64, device=model.mesh.device)
     for packs in steps:
-        for pack, values_S in zip(packs, model.read(packs, keep)):
+        for pack, values_S in zip(packs, model.read(packs, ask, keep)):
             answers = pack.columns[Column.ANSWERS]
             ids = pack.columns[Column.ANSWER].index_select(0, answers)
             values_N.index_put_((ids,), values_S.index_select(0, answers))

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput
+
 from .batch import PackedBatch, StepBatch, Unit
 from .model import Model
 from .objectives import Objective
@@ -42,9 +44,9 @@ def run_own(model: Model, batch: StepBatch, objective: Objective, *, train: bool
     known = objective.row_gradient(batch.counts) if train else None
     results = model.run(
         batch.micro_batches,
+        partial(PackedBatch.read, quantities=objective.asks, row_gradient=known),
         partial(_loss, objective=objective, counts=batch.counts),
         train=train,
-        row_gradient=known,
     )
     n_rows = len(UNITS) + len(objective.metrics)
     totals = torch.zeros(n_rows, 2, dtype=torch.float64, device=model.mesh.device)
@@ -61,13 +63,15 @@ def report(objective: Objective, sums: Tensor) -> dict[str, float]:
 
 
 def _loss(
-    out: Tensor, *, pack: PackedBatch, objective: Objective, counts: Mapping[Unit, float]
+    out: HeadOutput, *, pack: PackedBatch, objective: Objective, counts: Mapping[Unit, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Megatron's triple (loss, token count, report); the count is unused and must be an integer tensor."""
     sums = objective.loss(out, pack)
     divided = [total / (counts[unit] or 1.0) for unit, total in sums.totals.items()]
-    measured = torch.zeros(len(UNITS) + sums.metrics.shape[0], 2, dtype=torch.float64, device=out.device)
+    measured = torch.zeros(
+        len(UNITS) + sums.metrics.shape[0], 2, dtype=torch.float64, device=sums.metrics.device
+    )
     for unit, total in sums.totals.items():
         measured[UNITS.index(unit), 0] = total.detach().double()
     measured[len(UNITS) :] = sums.metrics
-    return torch.stack(divided).sum(), torch.zeros((), dtype=torch.int, device=out.device), measured
+    return torch.stack(divided).sum(), torch.zeros((), dtype=torch.int, device=measured.device), measured

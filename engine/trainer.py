@@ -73,6 +73,7 @@ class Trainer:
     first_step: int
     total_steps: int
     fillers: Mapping[str, Sequence[Filler]]
+    count_tokens: bool
     generations: Generations | None = None
 
     def fit(self) -> bool:
@@ -104,6 +105,8 @@ class Trainer:
                 self.profiler.stop()
                 go_on()
             if _due(self.cadence.log, step) or step + 1 == self.total_steps:
+                if self.count_tokens:
+                    values["num_tokens"] = float(self.train_loader.tokens_before(step + 1))
                 self.log.log(step, values | self.throughput.read() | self.memory.read())
             self.checkpoints.poll()
             done = step + 1

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .arch import Arch
 from .attention import Backend, Rotate, alibi_slopes, inverse_frequencies
+from .head_read import HeadOutput, HeadRead
+from .heads import ReadHead, ScalarHead, VocabularyHead
 from .layer import Layer
 from .mcore import (
     MLP,
@@ -35,25 +36,8 @@ from .mcore import (
     TransformerConfig,
     TransformerLayerSubmodules,
     get_num_layers_to_build,
-    tensor_parallel,
 )
-from .scalar_head import ScalarHead
 from .segments import Segments
-
-
-class TokenLogprob(Protocol):
-    """log p(label | row) for R rows whose vocabulary is divided over `group`; see engine/kernels."""
-
-    def __call__(
-        self,
-        hidden_RH: Tensor,
-        weight_VH: Tensor,
-        labels_R: Tensor,
-        *,
-        vocab_size: int,
-        group: Any,
-        row_gradient: Tensor | None,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -64,53 +48,8 @@ class Parts:
     core_attention: type
     rotate: Rotate
     activation: Callable[[Tensor], Tensor]  # (T, 1, 2F), gate first, to (T, 1, F)
-    token_logprob: TokenLogprob
+    read_head: ReadHead
     attention_backend: Backend = "auto"
-
-
-class LogProbHead(ColumnParallelLinear):
-    """The language-model head: log-probabilities of the labelled rows, never the logits of a whole pack.
-
-    It is a called module that owns its weight, so that DDP's hooks fire in order; a pack without labels still
-    runs it on zero rows, or an overlapped gradient reduction would wait for ever.
-    """
-
-    def __init__(
-        self, *args: Any, vocab_size: int, normalised: bool, token_logprob: TokenLogprob, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.vocab_size = vocab_size
-        self.normalised = normalised
-        self.token_logprob = token_logprob
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_TBH: Tensor,
-        labels_T: Tensor,
-        loss_rows: Tensor,
-        weight: Tensor | None = None,
-        row_gradient: Tensor | None = None,
-    ) -> Tensor:
-        """Float32 (T,): log p(label) where a row has one, 0 elsewhere; `row_gradient` as in `Decoder.forward`."""
-        if self.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_TBH, tensor_parallel_output_grad=True, group=self.tp_group
-            )
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TBH, group=self.tp_group)
-        weight_VH = self.weight if weight is None else weight
-        if self.normalised:  # each row lies on one rank; padding rows have gradient zero, so 0 / ε stays 0
-            weight_VH = F.normalize(weight_VH, dim=-1)
-        logprob_R = self.token_logprob(
-            hidden[:, 0].index_select(0, loss_rows),
-            weight_VH,
-            labels_T.index_select(0, loss_rows),
-            vocab_size=self.vocab_size,
-            group=self.tp_group,
-            row_gradient=row_gradient,
-        )
-        zeros = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=labels_T.device)
-        return zeros.index_put((loss_rows,), logprob_R)
 
 
 def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
@@ -193,7 +132,7 @@ class Decoder(LanguageModule):
         if post_process and arch.scalar_head:
             self.score = ScalarHead(config, config.hidden_size, tp_group=groups.tp)
         elif post_process:
-            self.output_layer = LogProbHead(
+            self.output_layer = VocabularyHead(
                 config.hidden_size,
                 padded_vocab_size,
                 config=config,
@@ -203,7 +142,7 @@ class Decoder(LanguageModule):
                 tp_group=groups.tp,
                 vocab_size=arch.vocab_size,
                 normalised=arch.normalised_head,
-                token_logprob=parts.token_logprob,
+                read_head=parts.read_head,
             )
         if arch.alibi:
             mine = alibi_slopes(arch.num_attention_heads).chunk(groups.tp.size())[groups.tp.rank()]
@@ -223,16 +162,10 @@ class Decoder(LanguageModule):
     def forward(
         self,
         tokens_T: Tensor,
-        labels_T: Tensor,
-        loss_rows: Tensor,
         segments: Segments,
-        row_gradient: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states (T, 1, H) for the next stage, or, on the last, what the head gives, float32 (T,).
-
-        Args:
-            row_gradient: float32 (R,), the gradient each loss row will get, if known: it spares the head a product.
-        """
+        read: HeadRead,
+    ) -> Tensor | HeadOutput:
+        """Hidden states (T, 1, H) for the next stage, or, on the last, what `read` asks of the head, (R,) each."""
         if self.arch.alibi:
             segments.alibi_slopes_H = self.alibi_slopes_H
         else:
@@ -242,9 +175,9 @@ class Decoder(LanguageModule):
         if not self.post_process:
             return hidden
         if self.arch.scalar_head:
-            return self.score(hidden, loss_rows, tokens_T.shape[0])
+            return self.score(hidden, read)
         weight = self.shared_embedding_or_output_weight() if self.arch.tied else None
-        return self.output_layer(hidden, labels_T, loss_rows, weight, row_gradient)
+        return self.output_layer(hidden, read, weight)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

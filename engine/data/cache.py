@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,11 @@ class TokenCache:
     def n_all_answers(self) -> int:
         """Answers on disk, those of samples left out too: one more than the largest answer id."""
         return len(self.starts)
+
+    @cached_property
+    def n_tokens(self) -> np.ndarray:
+        """int64 (G,), tokens of each sample's answers, the prompt counted with each."""
+        return np.add.reduceat((self.ends - self.starts)[self.members], self.first_member)
 
     def last_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""

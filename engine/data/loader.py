@@ -54,7 +54,7 @@ class PackLoader:
         self._seed = seed
         self._place = {"dp_rank": dp_rank, "dp_size": dp_size, "micro_batch_multiple": micro_batch_multiple}
         self._device = device
-        self._answers_before = [0]  # the first step, the second, … as far as they were asked for
+        self._before = [(0, 0)]  # each step, as far as they were asked for: answers and their tokens
         self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
 
     @property
@@ -95,10 +95,23 @@ class PackLoader:
 
     def answers_before(self, step: int) -> int:
         """Answers in all the steps before this one."""
-        while len(self._answers_before) <= step:
-            ids = np.concatenate(self._packs_of(len(self._answers_before) - 1))
-            self._answers_before.append(self._answers_before[-1] + int(self.cache.n_answers[ids].sum()))
-        return self._answers_before[step]
+        return self._counted(step)[0]
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all answers in the steps before this one, each with its prompt."""
+        return self._counted(step)[1]
+
+    def _counted(self, step: int) -> tuple[int, int]:
+        while len(self._before) <= step:
+            ids = np.concatenate(self._packs_of(len(self._before) - 1))
+            answers, tokens = self._before[-1]
+            self._before.append(
+                (
+                    answers + int(self.cache.n_answers[ids].sum()),
+                    tokens + int(self.cache.n_tokens[ids].sum()),
+                )
+            )
+        return self._before[step]
 
     def mismatched(self, step: int) -> list[PackedBatch]:
         """This rank's packs of the step's prompts, each with the answers of the one before it in the step.

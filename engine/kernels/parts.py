@@ -14,11 +14,11 @@ from paralign.models.errors import RecipeError
 from paralign.models.mcore import ModuleSpec
 from paralign.models.norm import RMSNorm
 
+from .head import read_head
 from .library import find_library
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
-from .token_logprob import token_logprob
 
 Kernels = Literal["auto", "reference", "required"]
 
@@ -54,7 +54,7 @@ def fused_parts() -> Parts:
         core_attention=PackedAttention,
         rotate=rope,
         activation=swiglu,
-        token_logprob=token_logprob,
+        read_head=read_head,
     )
 
 
@@ -67,7 +67,7 @@ def torch_parts() -> Parts:
         core_attention=PackedAttention,
         rotate=rotate,
         activation=_torch_swiglu,
-        token_logprob=token_logprob,
+        read_head=read_head,
     )
 
 

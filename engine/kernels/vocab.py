@@ -1,6 +1,6 @@
 """Sums over one shard of a row of logits, and the logits' gradient in their place. Owns no matmul, no collective.
 
-What the sums mean, and how shards are put together, stands in token_logprob.py. Kernel: csrc/vocab.cu.
+What the sums mean, and how shards are put together, stands in token_statistics.py. Kernel: csrc/vocab.cu.
 
 Shape suffixes: R rows, V columns of this shard, K chosen logits (a reference model's top k).
 """

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput, Quantity
+
 from ..batch import Column, PackedBatch
 
 
@@ -20,12 +22,12 @@ class PairValues(NamedTuple):
     rejected: Tensor
 
 
-def answer_logprob(out_T: Tensor, batch: PackedBatch) -> Tensor:
+def answer_logprob(out: HeadOutput, batch: PackedBatch) -> Tensor:
     """Float64 (S,): log p(answer | prompt) of each segment, 0 in the tail.
 
     In float64, because losses are made of small differences of these sums over thousands of tokens.
     """
-    logprob_R = out_T.index_select(0, batch.loss_rows).double()
+    logprob_R = out[Quantity.LOGPROB].double()
     if Column.IN_ANSWER in batch.columns:  # prompts have labels too
         logprob_R = torch.where(batch.columns[Column.IN_ANSWER], logprob_R, 0.0)
     return segment_sums(logprob_R, batch)
@@ -41,9 +43,14 @@ def answer_length(batch: PackedBatch) -> Tensor:
 
 def segment_sums(values_R: Tensor, batch: PackedBatch) -> Tensor:
     """(S,): the values of each segment's loss rows added up."""
+    n_segments = batch.segments.cu_seqlens_q.shape[0] - 1
+    return values_R.new_zeros(n_segments).index_add(0, segments_of_rows(batch), values_R)
+
+
+def segments_of_rows(batch: PackedBatch) -> Tensor:
+    """Int64 (R,): the segment that each loss row lies in."""
     bounds = batch.segments.cu_seqlens_q
-    segment_R = torch.searchsorted(bounds, batch.loss_rows.to(bounds.dtype), right=True) - 1
-    return values_R.new_zeros(bounds.shape[0] - 1).index_add(0, segment_R, values_R)
+    return torch.searchsorted(bounds, batch.loss_rows.to(bounds.dtype), right=True) - 1
 
 
 def of_pairs(values_S: Tensor, batch: PackedBatch) -> PairValues:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Column, Head, Kind, LossSum, PackedBatch, Unit
 from ..config import Section
@@ -20,30 +20,34 @@ class Objective(ABC):
         section: the recipe section that it is built from; its name is the objective's.
         reads: what its data are.
         needs: columns that must be filled before the step.
-        head: what the model's last layer gives.
+        asks: what the model's head is to give of each loss row: log-probabilities and their like, or values.
         metrics: names of what `loss` measures besides the loss itself, in the order of `LossSum.metrics`.
     """
 
     section: ClassVar[type[Section]]
     reads: Kind
     needs: frozenset[Column] = frozenset()
-    head: Head = Head.LM
+    asks: frozenset[Quantity] = frozenset({Quantity.LOGPROB})
     metrics: tuple[str, ...] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def head(self) -> Head:
+        """What the model's last layer must be."""
+        return Head.SCALAR if Quantity.VALUE in self.asks else Head.LM
+
     @abstractmethod
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack.
 
         Args:
-            out: what the head gave, float32 (T,): log-probabilities of the labels or values, 0 in rows that it
-                did not compute.
+            out: what `asks` named, (R,) each.
         """
 
     def row_gradient(self, counts: Mapping[Unit, float]) -> float | None:
-        """For a loss that is one number times the sum of what the head gave, each row by its token's weight: that
+        """For a loss that is one number times the sum of the log-probabilities, each by its token's weight: that
         number, with the loss divided by its count; None for any other loss."""
         del counts
         return None

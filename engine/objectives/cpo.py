@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+
+from paralign.models.head_read import HeadOutput
 
 from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
@@ -61,7 +62,7 @@ class CPO(Objective):
     needs = frozenset({Column.PAIR})
     metrics = (*PAIR_METRICS, "nll_loss")
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         config: CPOConfig = self.config
         logprob_S, length_S = answer_logprob(out, batch), answer_length(batch)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput
+
 from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
     PAIR_METRICS,
@@ -66,7 +68,7 @@ class DPO(Objective):
         super().__init__(config)
         self.metrics = (*PAIR_METRICS, *(("nll_loss",) if config.sft_weight else ()))
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         logprob_S = answer_logprob(out, batch)
         ratio_S = logprob_S - batch.columns[Column.REF_LOGPROB]

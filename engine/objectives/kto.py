@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput
+
 from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import answer_logprob
 from .base import Objective, means
@@ -43,7 +45,7 @@ class KTO(Objective):
     needs = frozenset({Column.DESIRABLE, Column.REF_LOGPROB, Column.BASELINE})
     metrics = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         config, columns = self.config, batch.columns
         logprob_S = answer_logprob(out, batch)

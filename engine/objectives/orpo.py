@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from paralign.models.head_read import HeadOutput, Quantity
+
 from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
     PAIR_METRICS,
@@ -48,9 +50,9 @@ class ORPO(Objective):
     needs = frozenset({Column.PAIR, Column.IN_ANSWER})
     metrics = (*PAIR_METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
-        logprob_R = out.index_select(0, batch.loss_rows).double()
+        logprob_R = out[Quantity.LOGPROB].double()
         likelihood = -of_pairs(segment_sums(logprob_R, batch), batch).chosen.sum()
         n_tokens = of_pairs(segment_sums(torch.ones_like(logprob_R), batch), batch).chosen.sum()
         per_token = of_pairs(answer_logprob(out, batch) / answer_length(batch), batch)

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ..batch import Column, Head, Kind, LossSum, PackedBatch, Unit
-from .answers import metric_rows, of_pairs
+from paralign.models.head_read import HeadOutput, Quantity
+
+from ..batch import Column, Kind, LossSum, PackedBatch, Unit
+from .answers import metric_rows, of_pairs, segment_sums
 from .base import Objective, means
 from .sections import AnswerSection
 
@@ -58,7 +59,7 @@ class Reward(Objective):
     section = RewardConfig
     reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.SCORE, Column.MARGIN})
-    head = Head.SCALAR
+    asks = frozenset({Quantity.VALUE})
     metrics = (
         "accuracy",
         "margin",
@@ -71,10 +72,9 @@ class Reward(Objective):
         ),
     )
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
-        last_rows_S = batch.segments.cu_seqlens_q[1:].long() - 1
-        chosen, rejected = of_pairs(out.index_select(0, last_rows_S), batch)
+        chosen, rejected = of_pairs(segment_sums(out[Quantity.VALUE], batch), batch)
         scores = of_pairs(batch.columns[Column.SCORE], batch)
         margin_P = chosen - rejected
         losses_P = -F.logsigmoid(margin_P - batch.columns[Column.MARGIN])

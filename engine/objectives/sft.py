@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
+import torch
+
+from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Kind, LossSum, PackedBatch, Unit
 from ..config import Section
@@ -31,9 +33,10 @@ class SFT(Objective):
     def __init__(self, config: SFTConfig | None = None) -> None:
         super().__init__(config or SFTConfig())
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
-        total = -(out * batch.weights_T).sum()
+        zeros_T = torch.zeros_like(batch.weights_T)
+        total = -(zeros_T.index_put((batch.loss_rows,), out[Quantity.LOGPROB]) * batch.weights_T).sum()
         return LossSum({Unit.TOKEN: total}, total.new_zeros(0, 2).double())
 
     def row_gradient(self, counts: Mapping[Unit, float]) -> float:

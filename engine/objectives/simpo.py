@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+
+from paralign.models.head_read import HeadOutput
 
 from ..batch import Column, Kind, LossSum, PackedBatch, Unit
 from .answers import (
@@ -44,7 +45,7 @@ class SimPO(Objective):
     needs = frozenset({Column.PAIR})
     metrics = PAIR_METRICS
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
         per_token = of_pairs(answer_logprob(out, batch) / answer_length(batch), batch)
         rewards = PairValues(self.config.beta * per_token.chosen, self.config.beta * per_token.rejected)

@@ -11,6 +11,8 @@ from paralign.models.errors import RecipeError
 
 from ..config import Section
 
+TokenMetric = Literal["entropy", "mean_token_accuracy", "num_tokens"]
+
 
 class WandbConfig(Section):
     """Where Weights & Biases puts the run. A resumed run goes on under the same id.
@@ -52,11 +54,15 @@ class ObserveConfig(Section):
     """What a run shows besides the console and metrics.jsonl.
 
     Attributes:
+        token_metrics: TRL's metrics of the learned tokens, computed beside the loss: `entropy` of the policy in nats,
+            `mean_token_accuracy`, the share of tokens that were likeliest (of pairs the chosen answers' alone), and
+            `num_tokens`, all tokens trained on so far, a prompt counted with each of its answers.
         tensorboard: writes events to run_dir/tensorboard.
         wandb: the section of Weights & Biases; null sends nothing.
         profile: the section of steps to trace; null traces none.
     """
 
+    token_metrics: tuple[TokenMetric, ...] = ()
     tensorboard: bool = False
     wandb: WandbConfig | None = None
     profile: ProfileConfig | None = None

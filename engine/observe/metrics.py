@@ -29,6 +29,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "grad_norm": lambda value: f"grad_norm {value:.3f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "samples": lambda value: f"samples {value:.0f}",
+    "num_tokens": lambda value: f"num_tokens {value:,.0f}",
     "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
     "tflops_per_gpu": lambda value: f"{value:.3g} TFLOP/s/GPU",
     "mfu": lambda value: f"MFU {value:.1%}",

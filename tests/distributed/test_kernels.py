@@ -19,9 +19,9 @@ from paralign.engine.build import (
     transformer_config,
 )
 from paralign.engine.kernels import parts
+from paralign.engine.kernels.head import read_head
 from paralign.engine.kernels.library import Found
 from paralign.engine.kernels.parts import fused_parts, torch_parts
-from paralign.engine.kernels.token_logprob import token_logprob
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
 from paralign.engine.model import Model
@@ -47,7 +47,7 @@ CLIP = 0.1
 
 def fused_parts_in_chunks(*_: str) -> Parts:
     """Logits of a few rows at a time, so that the head makes its gradients in the forward pass."""
-    return replace(fused_parts(), token_logprob=partial(token_logprob, workspace_bytes=2**13))
+    return replace(fused_parts(), read_head=partial(read_head, workspace_bytes=2**13))
 
 
 def certify_fused(rank: int, world_size: int, case: Case) -> Row:

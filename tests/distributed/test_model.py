@@ -18,8 +18,10 @@ from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
+from paralign.engine.score import LOGPROBS
 from paralign.engine.step import run_step
 from paralign.models import arch_from_hf, rules_for
+from paralign.models.head_read import Quantity
 
 from .certificate import Case, step_batch
 from .pool import RankPool
@@ -81,8 +83,8 @@ def _lend(model: Model, other: Model, optimizer: Optimizer, read: Any, batch: An
     before = _bits(model, optimizer)
     packs = batch.micro_batches
     with model.lent(read):
-        lent = model.read(packs, lambda out, pack: out.clone())
-    expected = other.read(packs, lambda out, pack: out.clone())
+        lent = model.read(packs, LOGPROBS, lambda out, pack: out[Quantity.LOGPROB].clone())
+    expected = other.read(packs, LOGPROBS, lambda out, pack: out[Quantity.LOGPROB].clone())
     assert all(map(torch.equal, lent, expected))
     assert all(map(torch.equal, _bits(model, optimizer), before))
 

@@ -17,12 +17,11 @@ from paralign.engine.kernels.report import report
 from paralign.engine.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from paralign.engine.kernels.rope import rope, rope_ref
 from paralign.engine.kernels.swiglu import swiglu, swiglu_ref
-from paralign.engine.kernels.token_logprob import (
-    TopK,
-    token_logprob,
+from paralign.engine.kernels.token_statistics import (
     token_statistics,
     token_statistics_ref,
 )
+from paralign.models.head_read import TopK
 from paralign.models.weight_gradient import accumulate
 
 pytestmark = pytest.mark.gpu
@@ -110,9 +109,9 @@ def test_vocabulary(
                 vocab_size=vocabulary,
                 reference=reference,
                 workspace_bytes=rows_at_once * vocabulary * h.element_size(),
-            )
+            )[:3]
         ),
-        lambda h, w: tuple(definition(labels, reference)(h, w)),
+        lambda h, w: tuple(definition(labels, reference)(h, w)[:3]),
         [hidden, weight],
     )
 
@@ -127,14 +126,14 @@ def test_gradients_known_beforehand_are_those_of_the_backward_pass(
         hidden = rand(19, 256, dtype=dtype).requires_grad_()
         weight: Any = rand(1003, 256, dtype=dtype, scale=1 / 16).requires_grad_()
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(1003, 256, device=gpu), False
-        logprobs = token_logprob(
+        logprobs = token_statistics(
             hidden,
             weight,
             labels,
             vocab_size=1003,
             row_gradient=known,
             workspace_bytes=5 * 1003 * hidden.element_size(),
-        )
+        ).logprob_R
         (-logprobs.sum() / 19).backward()
         found.append((logprobs.detach(), hidden.grad, weight.main_grad))
     torch.testing.assert_close(found[0], found[1])
@@ -146,14 +145,14 @@ def test_a_label_outside_the_vocabulary_is_nan_and_so_is_its_gradient(gpu: torch
     weight: Any = rand(50, 32).requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(50, 32, device=gpu), False
     labels = torch.tensor([0, 50, 1, -1, 49, 2], device=gpu)
-    logprobs = token_logprob(
+    logprobs = token_statistics(
         hidden,
         weight,
         labels,
         vocab_size=50,
         row_gradient=torch.ones(6, device=gpu) if known else None,
         workspace_bytes=2 * 50 * 4,
-    )
+    ).logprob_R
     assert logprobs.isnan().tolist() == [False, True, False, True, False, False]
     logprobs.sum().backward()
     assert hidden.grad is not None

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paralign.engine.kernels import token_logprob as head
-from paralign.engine.kernels.token_logprob import (
+from paralign.engine.kernels import token_statistics as head
+from paralign.engine.kernels.token_statistics import (
     TokenStatistics,
-    TopK,
-    token_logprob,
     token_statistics,
     token_statistics_ref,
 )
+from paralign.models.head_read import TopK
 
 ROWS, HIDDEN, VOCABULARY, K = 5, 8, 11, 4
 
@@ -54,7 +53,7 @@ def test_equals_its_definition_and_derivatives(workspace_bytes: int) -> None:
     torch.testing.assert_close(
         tuple(operation(hidden, weight)), tuple(token_statistics_ref(hidden, weight, labels, reference))
     )
-    assert torch.autograd.gradcheck(operation, (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: operation(h, w)[:3], (hidden, weight))
 
 
 def test_without_a_reference_there_is_no_divergence() -> None:
@@ -62,7 +61,7 @@ def test_without_a_reference_there_is_no_divergence() -> None:
     statistics = token_statistics(hidden, weight, labels, vocab_size=VOCABULARY)
     assert statistics.divergence_R is None
     torch.testing.assert_close(
-        statistics.logprob_R, token_logprob(hidden, weight, labels, vocab_size=VOCABULARY)
+        statistics.logprob_R, token_statistics(hidden, weight, labels, vocab_size=VOCABULARY).logprob_R
     )
 
 
@@ -108,7 +107,9 @@ def test_no_row_still_gives_every_parameter_a_gradient(device: torch.device) -> 
     _, weight, labels, _ = make(torch.float32, device=device)
     hidden = torch.empty(0, HIDDEN, device=device, requires_grad=True)
     nothing = torch.empty(0, device=device)
-    token_logprob(hidden, weight, labels[:0], vocab_size=VOCABULARY, row_gradient=nothing).sum().backward()
+    token_statistics(
+        hidden, weight, labels[:0], vocab_size=VOCABULARY, row_gradient=nothing
+    ).logprob_R.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 
@@ -116,7 +117,7 @@ def test_no_row_still_gives_every_parameter_a_gradient(device: torch.device) -> 
 def test_a_second_backward_pass_gives_the_same(device: torch.device) -> None:
     """The first one writes the gradient over the logits it had kept."""
     hidden, weight, labels, _ = make(torch.float32, device=device)
-    total = token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum()
+    total = token_statistics(hidden, weight, labels, vocab_size=VOCABULARY).logprob_R.sum()
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(total, (hidden, weight)), first)
 
@@ -125,12 +126,12 @@ def test_a_second_backward_pass_gives_the_same(device: torch.device) -> None:
 def test_the_weights_gradient_goes_to_main_grad(also_elsewhere: bool, device: torch.device) -> None:
     """`zero_out_wgrad` is Megatron's mark of a weight that the embedding adds to as well."""
     hidden, weight, labels, _ = make(torch.float32, device=device)
-    token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum().backward()
+    token_statistics(hidden, weight, labels, vocab_size=VOCABULARY).logprob_R.sum().backward()
     expected, weight.grad = weight.grad, None
     weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     weight.zero_out_wgrad = also_elsewhere  # type: ignore[attr-defined]
-    token_logprob(hidden, weight, labels, vocab_size=VOCABULARY).sum().backward()
+    token_statistics(hidden, weight, labels, vocab_size=VOCABULARY).logprob_R.sum().backward()
     torch.testing.assert_close(weight.main_grad, expected + 1)  # type: ignore[attr-defined]
     assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
     assert weight.grad is not None  # data parallelism waits for one
@@ -178,7 +179,7 @@ def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
     )
     weight = with_main_grad(weight)
     with counting_products() as seen:
-        logprobs = token_logprob(
+        found = token_statistics(
             hidden,
             weight,
             labels,
@@ -186,34 +187,34 @@ def test_three_products_for_each_chunk_where_logits_or_gradients_are_kept(
             row_gradient=by_row if known else None,
             workspace_bytes=workspace_bytes,
         )
-        (logprobs * by_row).sum().backward()
+        (found.logprob_R * by_row).sum().backward()
     assert len(seen) == products
-    torch.testing.assert_close(logprobs, token_statistics_ref(hidden, weight, labels).logprob_R)
+    torch.testing.assert_close(tuple(found), tuple(token_statistics_ref(hidden, weight, labels)))
     torch.testing.assert_close((hidden.grad, weight.main_grad), wanted)  # type: ignore[attr-defined]
 
 
 def test_a_known_gradient_goes_unused_without_a_buffer_or_without_a_backward_pass() -> None:
     hidden, weight, labels, _ = make()
     options = {"vocab_size": VOCABULARY, "row_gradient": -torch.ones(5), "workspace_bytes": TWO_ROWS}
-    (-token_logprob(hidden, weight, labels, **options)).sum().backward()
+    (-token_statistics(hidden, weight, labels, **options).logprob_R).sum().backward()
     wanted = torch.autograd.grad(token_statistics_ref(hidden, weight, labels).logprob_R.sum(), weight)[0]
     torch.testing.assert_close(weight.grad, -wanted)
     weight = with_main_grad(weight)
     with torch.no_grad():
-        token_logprob(hidden, weight, labels, **options)
+        token_statistics(hidden, weight, labels, **options)
     assert not weight.main_grad.any()  # type: ignore[attr-defined]
 
 
 def test_another_gradient_than_the_known_one_is_an_error() -> None:
     hidden, weight, labels, _ = make()
-    logprobs = token_logprob(
+    logprobs = token_statistics(
         hidden,
         with_main_grad(weight),
         labels,
         vocab_size=VOCABULARY,
         row_gradient=-torch.ones(5),
         workspace_bytes=TWO_ROWS,
-    )
+    ).logprob_R
     with pytest.raises(
         ValueError, match=r"row_gradient was given as -1\.0, .* brought -2\.0 for row 3; give none"
     ):
@@ -228,14 +229,14 @@ def test_where_nobody_may_look_a_label_outside_ruins_its_gradient_too(
     monkeypatch.setattr(head, "_outside", lambda indices, size, _: (indices < 0) | (indices >= size))
     hidden, weight, labels, _ = make()
     labels[1] = VOCABULARY
-    logprobs = token_logprob(
+    logprobs = token_statistics(
         hidden,
         with_main_grad(weight),
         labels,
         vocab_size=VOCABULARY,
         row_gradient=torch.ones(5) if known else None,
         workspace_bytes=TWO_ROWS,
-    )
+    ).logprob_R
     assert logprobs.isnan().tolist() == [False, True, False, False, False]
     logprobs.sum().backward()
     assert hidden.grad is not None

@@ -13,6 +13,7 @@ from paralign.engine.batch import Column, Head, PackedBatch, Unit
 from paralign.engine.data.answers import Answer, AnswerLayout, Group
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.objectives import build_objective
+from paralign.engine.objectives.answers import segments_of_rows
 from paralign.engine.objectives.base import Objective
 from paralign.engine.objectives.cpo import CPOConfig
 from paralign.engine.objectives.dpo import DPOConfig
@@ -21,6 +22,7 @@ from paralign.engine.objectives.orpo import ORPOConfig
 from paralign.engine.objectives.reward import RewardConfig
 from paralign.engine.objectives.simpo import SimPOConfig
 from paralign.engine.score import put_reference
+from paralign.models.head_read import HeadOutput, Quantity
 
 CPU = torch.device("cpu")
 
@@ -37,14 +39,12 @@ def _pack(objective: Objective, groups: list[Group], ref: list[float] | None = N
     return pack
 
 
-def _logprobs(pack: PackedBatch, per_answer: list[float]) -> torch.Tensor:
+def _logprobs(pack: PackedBatch, per_answer: list[float]) -> HeadOutput:
     """What a head might give: each answer's log-probability spread evenly over its rows."""
-    out = torch.zeros(40, requires_grad=True)
-    rows = pack.loss_rows
-    segment = torch.searchsorted(pack.segments.cu_seqlens_q, rows.int(), right=True) - 1
+    segment = segments_of_rows(pack)
     counts = torch.bincount(segment, minlength=len(per_answer))
     values = torch.tensor(per_answer)[segment] / counts[segment]
-    return out + torch.zeros(40).index_put((rows,), values)
+    return {Quantity.LOGPROB: values.requires_grad_()}
 
 
 PAIR = [Group(np.arange(4), (_answer(2, 0), _answer(4, 1)))]
@@ -126,8 +126,7 @@ def test_orpo_learns_the_prompt_but_weighs_the_answers() -> None:
     pack = _pack(objective, PAIR)
     assert pack.loss_rows.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert pack.columns[Column.IN_ANSWER].tolist() == [False] * 3 + [True] * 6
-    out = torch.zeros(40).index_put((pack.loss_rows,), torch.full((9,), -1.0))
-    sums = objective.loss(out, pack)
+    sums = objective.loss({Quantity.LOGPROB: torch.full((9,), -1.0)}, pack)
     assert sums.totals[Unit.TOKEN].item() == pytest.approx(5.0)
     assert sums.totals[Unit.PAIR].item() == pytest.approx(0.3 * math.log(2))  # equal odds
 
@@ -173,7 +172,7 @@ def test_the_squared_error_is_weighted_pair_by_pair() -> None:
     assert objective.head is Head.SCALAR
     assert len(pack.loss_rows) == 4  # one value for each answer
     rewards = torch.tensor([1.0, 0.0, -1.0, 1.0], requires_grad=True)
-    sums = objective.loss(torch.zeros(40).index_put((pack.loss_rows,), rewards), pack)
+    sums = objective.loss({Quantity.VALUE: rewards}, pack)
     bt = [math.log1p(math.exp(-(1.0 - 0.25))), math.log1p(math.exp(-(-2.0 - 0.25)))]
     expected = sum(bt) + 0.5 * (0.25 + 0.25) + 0.1 * (1.0 + 0.0)
     assert sums.totals[Unit.PAIR].item() == pytest.approx(expected, abs=1e-6)
@@ -208,8 +207,8 @@ def test_an_empty_pack_gives_zero_with_a_gradient(config: Any) -> None:
     objective = build_objective(config)
     pack = _pack(objective, [], [0.0])
     pack.columns = {**pack.columns, Column.BASELINE: torch.tensor(0.0)}
-    out = torch.zeros(40, requires_grad=True)
-    sums = objective.loss(out, pack)
+    out = torch.zeros(0, requires_grad=True)
+    sums = objective.loss(dict.fromkeys(objective.asks, out), pack)
     torch.stack(list(sums.totals.values())).sum().backward()
     assert all(total.item() == 0 for total in sums.totals.values())
     assert out.grad is not None

@@ -6,13 +6,13 @@ Shape suffixes: R rows with a label, V rows of the head's weight on this rank, H
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paralign.models.head_read import TopK
 from paralign.models.weight_gradient import accumulate
 
 from .library import require, require_served
@@ -23,19 +23,6 @@ from .vocab import COLUMNS, LOWEST, vocab_gradient_, vocab_partials
 WORKSPACE_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class TopK:
-    """A reference model's largest logits for each row.
-
-    Attributes:
-        indices_RK: int64, in the whole vocabulary, distinct in a row.
-        logprobs_RK: float32, the reference's log-probabilities there; renormalised over the K here.
-    """
-
-    indices_RK: Tensor
-    logprobs_RK: Tensor
-
-
 class TokenStatistics(NamedTuple):
     """For each row, float32 (R,) (float64 for float64 input).
 
@@ -44,11 +31,13 @@ class TokenStatistics(NamedTuple):
         entropy_R: −Σ p log p over the vocabulary, nats.
         divergence_R: Σ p̂ (log p̂ − log q̂) ≥ 0, nats: p̂ this model, q̂ the reference, each renormalised over the
             reference's K tokens (arXiv 2410.14940, the full KL formula over the top 500 logits); None without one.
+        is_likeliest_R: 1 where no logit is greater than the label's, else 0.
     """
 
     logprob_R: Tensor
     entropy_R: Tensor
     divergence_R: Tensor | None
+    is_likeliest_R: Tensor
 
 
 def token_statistics_ref(
@@ -64,47 +53,9 @@ def token_statistics_ref(
         theirs_RK = reference.logprobs_RK.log_softmax(-1)
         divergence_R = (ours_RK.exp() * (ours_RK - theirs_RK)).sum(-1)
     logprob_R = logprobs_RV.gather(1, labels_R[:, None])[:, 0]
-    return TokenStatistics(logprob_R, -(logprobs_RV.exp() * logprobs_RV).sum(-1), divergence_R)
-
-
-def token_logprob(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    labels_R: Tensor,
-    *,
-    vocab_size: int,
-    group: Any = None,
-    row_gradient: Tensor | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
-) -> Tensor:
-    """The log-probabilities of `token_statistics` alone: float32 (R,).
-
-    Args:
-        row_gradient: float32 (R,), what the backward pass will bring for each row, where that is known beforehand:
-            −w/Σw for a mean negative log-likelihood with weights w. Logits that do not fit the workspace then give
-            their gradients at once, chunk by chunk, and are not computed again: three matmuls where it takes four.
-            The weight's is added to its `main_grad` in the forward pass; a weight without one, and a forward pass
-            without gradient, make no use of this.
-
-    Raises:
-        ValueError: as `token_statistics`; or the backward pass brings another gradient (on CUDA the gradient of the
-            hidden states becomes NaN).
-    """
-    _check(hidden_RH, weight_VH, labels_R)
-    n_chunks = len(_row_chunks(hidden_RH, weight_VH, workspace_bytes))
-    if row_gradient is None or n_chunks == 1 or not torch.is_grad_enabled() or not _in_place(weight_VH):
-        return token_statistics(
-            hidden_RH,
-            weight_VH,
-            labels_R,
-            vocab_size=vocab_size,
-            group=group,
-            workspace_bytes=workspace_bytes,
-        ).logprob_R
-    logprob_R: Tensor = _KnownRowGradient.apply(
-        hidden_RH, weight_VH, labels_R, row_gradient, vocab_size, group, workspace_bytes
-    )
-    return logprob_R
+    entropy_R = -(logprobs_RV.exp() * logprobs_RV).sum(-1)
+    is_likeliest_R = (logprob_R == logprobs_RV.amax(-1)).to(logprob_R.dtype)
+    return TokenStatistics(logprob_R, entropy_R, divergence_R, is_likeliest_R)
 
 
 def token_statistics(
@@ -114,6 +65,7 @@ def token_statistics(
     *,
     vocab_size: int,
     reference: TopK | None = None,
+    row_gradient: Tensor | None = None,
     group: Any = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> TokenStatistics:
@@ -126,21 +78,35 @@ def token_statistics(
         labels_R: int64 (R,), in the whole vocabulary.
         vocab_size: rows of the vocabulary that are real; those past it count as if their logit were −∞.
         reference: the tokens that the divergence is taken over, and what the reference model says of them.
+        row_gradient: float32 (R,), what the backward pass will bring for each row's log-probability, and nothing for
+            the rest, where that is known beforehand: −w/Σw for a mean negative log-likelihood with weights w. Logits
+            that do not fit the workspace then give their gradients at once, chunk by chunk, and are not computed
+            again: three matmuls where it takes four. The weight's is added to its `main_grad` in the forward pass; a
+            weight without one, and a forward pass without gradient, make no use of this.
         group: the tensor-parallel group, or None for one rank.
         workspace_bytes: largest block of logits to exist at once.
 
     Returns:
-        Every value is differentiable. The gradient for `hidden_RH` is this rank's share: the caller's region
-        function sums it.
+        Every value but `is_likeliest_R` is differentiable. The gradient for `hidden_RH` is this rank's share: the
+        caller's region function sums it.
 
-    Two collectives in all, of 2R floats and of 5R floats, however many chunks there are.
+    Two collectives in all, of 2R floats and of 5R floats, however many chunks there are; with `row_gradient` two for
+    each chunk.
 
     Raises:
         ValueError: shapes or types do not fit; more than `vocab_size` chosen; or, on the CPU, a label or a chosen
-            index outside the vocabulary. On CUDA, where looking would stop the device, such a row becomes NaN.
+            index outside the vocabulary, or another gradient than `row_gradient`. On CUDA, where looking would stop
+            the device, such a row, or its gradient, becomes NaN.
     """
     _check(hidden_RH, weight_VH, labels_R)
     if reference is None:
+        n_chunks = len(_row_chunks(hidden_RH, weight_VH, workspace_bytes))
+        if row_gradient is not None and n_chunks > 1 and torch.is_grad_enabled() and _in_place(weight_VH):
+            known = _KnownRowGradient.apply(
+                hidden_RH, weight_VH, labels_R, row_gradient, vocab_size, group, workspace_bytes
+            )
+            logprob_R, entropy_R, is_likeliest_R = known
+            return TokenStatistics(logprob_R, entropy_R, None, is_likeliest_R)
         chosen_RK = labels_R.new_empty(labels_R.shape[0], 0)
         chosen_logprob_RK = chosen_RK.float()
     else:
@@ -155,10 +121,10 @@ def token_statistics(
         rule = f"int64 indices and log-probabilities (R, K), 0 < K ≤ {vocab_size}, the vocabulary"
         require("token_statistics", rule, fits, labels_R, chosen_RK, logprobs_RK)
         chosen_logprob_RK = logprobs_RK.log_softmax(-1)
-    logprob_R, entropy_R, divergence_R = _TokenStatistics.apply(
+    logprob_R, entropy_R, divergence_R, is_likeliest_R = _TokenStatistics.apply(
         hidden_RH, weight_VH, labels_R, chosen_RK, chosen_logprob_RK, vocab_size, group, workspace_bytes
     )
-    return TokenStatistics(logprob_R, entropy_R, None if reference is None else divergence_R)
+    return TokenStatistics(logprob_R, entropy_R, None if reference is None else divergence_R, is_likeliest_R)
 
 
 def _check(hidden_RH: Tensor, weight_VH: Tensor, labels_R: Tensor) -> None:
@@ -211,8 +177,18 @@ def _outside(indices: Tensor, vocab_size: int, what: str) -> Tensor:
     return outside
 
 
-def _over_all_shards(partials_R7: Tensor, group: Any) -> tuple[Tensor, ...]:
-    """(log Σ e^z, label's logit, entropy, log Σ e^z over the chosen, divergence) of rows, from all their shards."""
+class _Whole(NamedTuple):
+    """What all shards together know of each row, (R,) each; the last two are over the chosen."""
+
+    log_sum: Tensor
+    label: Tensor
+    top: Tensor
+    entropy: Tensor
+    chosen_log_sum: Tensor
+    divergence: Tensor
+
+
+def _over_all_shards(partials_R7: Tensor, group: Any) -> _Whole:
     own_tops = partials_R7[:, [0, 4]].t().contiguous()
     tops = own_tops
     if group is not None and group.size() > 1:
@@ -228,9 +204,10 @@ def _over_all_shards(partials_R7: Tensor, group: Any) -> tuple[Tensor, ...]:
         dist.all_reduce(sums, group=group)
     weight, chosen_weight, moment, chosen_moment, label = sums
     log_weight, chosen_log_weight = weight.log(), chosen_weight.log()
-    return (
+    return _Whole(
         tops[0] + log_weight,
         label,
+        tops[0],
         log_weight - moment / weight,
         tops[1] + chosen_log_weight,
         chosen_moment / chosen_weight - chosen_log_weight,
@@ -249,7 +226,7 @@ class _TokenStatistics(torch.autograd.Function):
         vocab_size: int,
         group: Any,
         workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         first, real = _columns(weight_VH, vocab_size, group)
         chunks = _row_chunks(hidden_RH, weight_VH, workspace_bytes)
         partials_R7 = _no_partials(hidden_RH.shape[0], hidden_RH)
@@ -260,7 +237,7 @@ class _TokenStatistics(torch.autograd.Function):
                 partials_R7[rows] = vocab_partials(
                     logits, labels_R[rows], chosen_RK[rows], chosen_logprob_RK[rows], first
                 )
-        log_sum, label, entropy, chosen_log_sum, divergence = _over_all_shards(partials_R7, group)
+        log_sum, label, top, entropy, chosen_log_sum, divergence = _over_all_shards(partials_R7, group)
         nowhere = _outside(labels_R, vocab_size, "the label")
         if chosen_RK.shape[1]:
             nowhere = nowhere | _outside(chosen_RK, vocab_size, "a chosen index").any(-1)
@@ -278,13 +255,17 @@ class _TokenStatistics(torch.autograd.Function):
         ctx.first, ctx.real, ctx.chunks = first, real, chunks
         ctx.kept = logits if len(chunks) == 1 else None
         ctx.weight = weight_VH  # the parameter itself: data parallelism keeps `main_grad` on it
-        return logprob, entropy, divergence
+        is_likeliest = (label >= top).to(label.dtype)
+        ctx.mark_non_differentiable(is_likeliest)
+        return logprob, entropy, divergence, is_likeliest
 
     @staticmethod
     def backward(ctx: Any, *grads_R: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_RH, weight_VH, labels_R, chosen_RK, chosen_logprob_RK, *values = ctx.saved_tensors
         log_sum, entropy, chosen_log_sum, divergence = values
-        d_logprob, d_entropy, d_divergence = (torch.zeros_like(log_sum) if g is None else g for g in grads_R)
+        d_logprob, d_entropy, d_divergence = (
+            torch.zeros_like(log_sum) if g is None else g for g in grads_R[:3]
+        )
         rows_R7 = torch.stack(
             (log_sum, d_logprob, d_entropy, entropy, d_divergence, chosen_log_sum, divergence), dim=1
         )
@@ -319,7 +300,7 @@ def _stand_in(weight: Any) -> Tensor:
 
 
 class _KnownRowGradient(torch.autograd.Function):
-    """Log-probabilities whose gradients are made in the forward pass; two small collectives for each chunk."""
+    """Log-probabilities whose gradients are made in the forward pass; entropies and the rest have none."""
 
     @staticmethod
     def forward(
@@ -331,12 +312,12 @@ class _KnownRowGradient(torch.autograd.Function):
         vocab_size: int,
         group: Any,
         workspace_bytes: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         first, real = _columns(weight_VH, vocab_size, group)
         nowhere = _outside(labels_R, vocab_size, "the label")
         real_weight = weight_VH[:real]
         grad_hidden = torch.zeros_like(hidden_RH)
-        logprobs = []
+        given: list[tuple[Tensor, ...]] = []
         for rows in _row_chunks(hidden_RH, weight_VH, workspace_bytes):
             hidden, labels = hidden_RH[rows], labels_R[rows]
             chosen = labels.new_empty(labels.shape[0], 0)
@@ -345,9 +326,9 @@ class _KnownRowGradient(torch.autograd.Function):
                 partials_R7 = vocab_partials(logits, labels, chosen, chosen.float(), first)
             else:
                 partials_R7 = _no_partials(hidden.shape[0], hidden)
-            log_sum, label, *_ = _over_all_shards(partials_R7, group)
+            log_sum, label, top, entropy, *_ = _over_all_shards(partials_R7, group)
             log_sum = torch.where(nowhere[rows], torch.nan, log_sum)
-            logprobs.append(label - log_sum)
+            given.append((label - log_sum, entropy, (label >= top).to(label.dtype)))
             if real > 0:
                 rows_R7 = torch.zeros_like(partials_R7)
                 rows_R7[:, 0], rows_R7[:, 1] = log_sum, row_gradient_R[rows]
@@ -356,16 +337,18 @@ class _KnownRowGradient(torch.autograd.Function):
                 accumulate(hidden, logits, weight_VH.main_grad[:real])
         ctx.save_for_backward(grad_hidden, row_gradient_R)
         ctx.weight = weight_VH
-        return torch.cat(logprobs)
+        logprob, entropy, is_likeliest = (torch.cat(parts) for parts in zip(*given))
+        ctx.mark_non_differentiable(entropy, is_likeliest)
+        return logprob, entropy, is_likeliest
 
     @staticmethod
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_R: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, known_R = ctx.saved_tensors[0], ctx.saved_tensors[1].to(grad_R.dtype)
         agrees = torch.isclose(grad_R, known_R, rtol=1e-5, atol=0.0)
         if not grad_R.is_cuda and not agrees.all():
             row = int(agrees.logical_not().nonzero()[0])
             raise ValueError(
-                f"token_logprob: row_gradient was given as {known_R[row].item()}, and the backward pass brought "
+                f"token_statistics: row_gradient was given as {known_R[row].item()}, and the backward pass brought "
                 f"{grad_R[row].item()} for row {row}; give none for a loss that is no such sum"
             )
         grad_hidden = torch.where(agrees[:, None], grad_hidden, torch.nan)
