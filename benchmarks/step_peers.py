@@ -32,6 +32,7 @@ from step_workload import (
     synchronize,
 )
 
+from paralign.engine.backends import backend_of
 from paralign.engine.build import DTYPES, random_weights, transformer_config, wrap_for_data_parallel
 from paralign.engine.data.answers import Group
 from paralign.engine.data.pack import pack_chats
@@ -248,7 +249,7 @@ def megatron_sft(
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         settings = ModelConfig(hf=Path(), dtype=dtype, kernels="reference")  # type: ignore[arg-type]
-        config = transformer_config(arch, layout, settings)
+        config = transformer_config(arch, layout, settings, backend_of(settings))
         config.use_te_activation_func = False
         config.recompute_granularity, config.recompute_modules = "selective", ["core_attn"]
         with torch.device(mesh.device):

@@ -20,6 +20,7 @@ from paralign.models.mcore import (
     parallel_state,
 )
 
+from .backends import Backend
 from .layout import Layout
 from .mesh import Mesh
 from .model_section import ModelConfig
@@ -32,7 +33,7 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(arch: Arch, layout: Layout, model: ModelConfig) -> TransformerConfig:
+def transformer_config(arch: Arch, layout: Layout, model: ModelConfig, backend: Backend) -> TransformerConfig:
     """Megatron's configuration of one model at one layout."""
     parallel = layout.config
     dtype = DTYPES[model.dtype]
@@ -79,12 +80,7 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig) -> Transf
         overlap_p2p_comm=interleaved and not ON_HOST,
         batch_p2p_comm=not interleaved and not ON_HOST,
         deallocate_pipeline_outputs=True,
-        # models/weight_gradient.py offers what this looks for in apex.
-        gradient_accumulation_fusion=model.kernels != "reference",
-        masked_softmax_fusion=False,
-        # Their flag for an activation that takes gate and up together; ours is among the parts.
-        use_te_activation_func=True,
-        bias_activation_fusion=False,
+        **backend.config(),
     )
 
 
@@ -98,7 +94,7 @@ def build_chunks(config: TransformerConfig, arch: Arch, mesh: Mesh, parts: Parts
                 config,
                 arch,
                 parts,
-                padded_vocab_size=padded_vocab_size(arch, mesh.layout.tp),
+                padded_vocab_size=padded_vocab_size(arch, mesh.tp.size),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 vp_stage=stage,

@@ -18,6 +18,7 @@ from paralign.models import parameter_count
 from paralign.models.arch import Arch
 from paralign.models.errors import DataError, RecipeError, WeightsError
 
+from .backends import check_backend
 from .batch import Head
 from .checkpoint.hf import arch_of
 from .checkpoint.source import open_source
@@ -119,6 +120,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         tokens_per_pack=data.tokens_per_pack,
     )
     _check_recompute(recipe, layout, arch)
+    check_backend(recipe.model, arch)
     check_installed(recipe.observe)
     sets = data.sets
     absent = [

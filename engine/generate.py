@@ -76,7 +76,7 @@ def greedy(
         if not going:
             break
         pack = empty
-        if mesh.dp_rank == 0:
+        if mesh.dp.rank == 0:
             rows = [np.concatenate((prompts[i], answers[i])) for i in going]
             pack = pack_chats([_asking(tokens) for tokens in rows], tokens_per_pack, mesh.device)
         packs = [pack] + [empty] * (mesh.layout.micro_batch_multiple - 1)
@@ -84,7 +84,7 @@ def greedy(
         results = model.read(
             packs, lambda pack: pack.read(LIKELIEST), lambda out, _: out[Quantity.LIKELIEST].double()
         )
-        if results and mesh.dp_rank == 0:
+        if results and mesh.dp.rank == 0:
             chosen += results[0]
         for i, token in zip(going, mesh.sum_over_data_then_share(chosen).tolist()):
             answers[i].append(int(token))

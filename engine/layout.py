@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,11 @@ class LayoutConfig(Section):
     ddp_bucket_size: int | None = Field(None, ge=1)
     distributed_timeout_minutes: int = Field(30, ge=1)
 
+    @property
+    def model_axes(self) -> dict[str, int]:
+        """Ranks along the axes that divide one copy of the model."""
+        return {"tp": self.tensor_model_parallel_size, "pp": self.pipeline_model_parallel_size}
+
     @model_validator(mode="after")
     def _agree(self) -> LayoutConfig:
         uneven = self.num_layers_in_first_pipeline_stage or self.num_layers_in_last_pipeline_stage
@@ -74,29 +81,41 @@ class LayoutConfig(Section):
         return self
 
 
+# Every axis along which ranks divide the work, by Megatron's short names: tensor, context, data and pipeline
+# parallel. The innermost first: ranks that talk the most stand nearest to one another.
+AXES = ("tp", "cp", "dp", "pp")
+
+
 @dataclass(frozen=True)
 class Layout:
     """A layout that fits its GPUs, model and batch.
 
     Attributes:
         config: the section of the recipe.
-        world_size: ranks in all, tp × pp × dp.
-        dp: copies of the model.
+        sizes: ranks along each of AXES; along dp they are copies of the model.
         micro_batches: packs that each data-parallel rank computes in a full step.
     """
 
     config: LayoutConfig
-    world_size: int
-    dp: int
+    sizes: Mapping[str, int]
     micro_batches: int
 
     @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return math.prod(self.sizes.values())
+
+    @property
     def tp(self) -> int:
-        return self.config.tensor_model_parallel_size
+        return self.sizes["tp"]
 
     @property
     def pp(self) -> int:
-        return self.config.pipeline_model_parallel_size
+        return self.sizes["pp"]
+
+    @property
+    def dp(self) -> int:
+        return self.sizes["dp"]
 
     @property
     def vpp(self) -> int:
@@ -116,29 +135,35 @@ def resolve(
 
     Raises LayoutError with a line for each rule that is broken and the numbers that would keep it.
     """
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    model_axes = config.model_axes
+    tp = model_axes["tp"]
     problems = [*_tensor_problems(tp, arch), *_layer_problems(config, arch.num_layers)]
     if config.sequence_parallel and tokens_per_pack % tp:
         problems.append(
             f"sequence_parallel: tp {tp} does not divide tokens_per_pack {tokens_per_pack}; "
             f"{_neighbours(tokens_per_pack, tp)} would fit"
         )
-    if world_size % (tp * pp):
+    copy_size = math.prod(model_axes.values())
+    if world_size % copy_size:
+        degrees = " × ".join(f"{axis} {size}" for axis, size in model_axes.items())
         problems.append(
-            f"tp {tp} × pp {pp} = {tp * pp} does not divide {world_size} GPUs; "
-            f"{_neighbours(world_size, tp * pp)} would"
+            f"{degrees} = {copy_size} does not divide {world_size} GPUs; "
+            f"{_neighbours(world_size, copy_size)} would"
         )
         raise LayoutError("\n".join(problems))
-    dp, multiple = world_size // (tp * pp), _micro_batch_multiple(config)
+    dp, multiple = world_size // copy_size, _micro_batch_multiple(config)
     if global_batch_size % (dp * multiple):
-        factors = f"dp {dp} × pp {pp} = {dp * pp} (interleaved stages)" if multiple > 1 else f"dp {dp}"
+        factors = f"dp {dp}"
+        if multiple > 1:
+            factors += f" × pp {multiple} = {dp * multiple} (interleaved stages)"
         problems.append(
             f"global_batch_size {global_batch_size} is not a multiple of {factors}; "
             f"{_neighbours(global_batch_size, dp * multiple)} would be"
         )
     if problems:
         raise LayoutError("\n".join(problems))
-    return Layout(config, world_size, dp, global_batch_size // dp)
+    sizes = {axis: model_axes.get(axis, 1) for axis in AXES} | {"dp": dp}
+    return Layout(config, sizes, global_batch_size // dp)
 
 
 def layers_of_stage(layout: Layout, arch: Arch) -> list[list[list[int]]]:
@@ -188,15 +213,17 @@ def _tensor_problems(tp: int, arch: Arch) -> list[str]:
         what
         for what, wrong in (
             (f"{heads} attention heads", heads % tp),
-            (f"{groups} KV groups, nor they it,", groups % tp and tp % groups),
             (f"an FFN of {ffn}", ffn % tp),
         )
         if wrong
     ]
-    if not broken:
+    problems = [f"tp {tp} does not divide {' and '.join(broken)}"] if broken else []
+    if groups % tp and tp % groups:
+        problems.append(f"tp {tp} and {groups} KV heads: one must be a multiple of the other")
+    if not problems:
         return []
     fits = [n for n in _divisors(heads) if divides_heads(n, heads, groups) and ffn % n == 0]
-    return [f"tp {tp} does not divide {' and '.join(broken)}; {_or(fits)} would"]
+    return [f"{', and '.join(problems)}; {_or(fits)} would do"]
 
 
 def _layers_per_stage(config: LayoutConfig, num_layers: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,16 @@ import torch.distributed as dist
 
 from paralign.models.mcore import parallel_state, tensor_parallel
 
-from .layout import Layout
+from .layout import AXES, Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on one axis: `rank` of `size`, and the process group along it."""
+
+    rank: int
+    size: int
+    group: Any
 
 
 @dataclass(frozen=True)
@@ -23,25 +32,31 @@ class Mesh:
 
     Attributes:
         rank, world_size: among all processes.
-        tp_rank, pp_rank, dp_rank: coordinates on the axes of the layout.
-        tp_group, pp_group, dp_group: the groups along each axis through this rank.
         device: where tensors of this rank live.
+        axes: this rank's place on each of the layout's AXES.
     """
 
     layout: Layout
     rank: int
     world_size: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
-    tp_group: Any
-    pp_group: Any
-    dp_group: Any
     device: torch.device
+    axes: Mapping[str, Axis]
+
+    @property
+    def tp(self) -> Axis:
+        return self.axes["tp"]
+
+    @property
+    def pp(self) -> Axis:
+        return self.axes["pp"]
+
+    @property
+    def dp(self) -> Axis:
+        return self.axes["dp"]
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pp_rank == self.layout.pp - 1
+        return self.pp.rank == self.pp.size - 1
 
     @property
     def is_main(self) -> bool:
@@ -52,19 +67,19 @@ class Mesh:
 
     def send_to_copies(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` in all copies of the model by that of the first."""
-        if self.layout.dp > 1:
-            dist.broadcast(tensor, dist.get_process_group_ranks(self.dp_group)[0], group=self.dp_group)
+        if self.dp.size > 1:
+            dist.broadcast(tensor, group=self.dp.group, group_src=0)
 
     def sum_over_data_then_share(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks of the last stage, then give every stage the result.
 
         Args:
-            values: float64, of one shape everywhere; what other stages than the last pass in is overwritten.
+            values: float64, the same shape on every rank. Only the last stage's values count.
         """
         if self.is_last_stage:
-            dist.all_reduce(values, group=self.dp_group)
-        if self.layout.pp > 1:
-            dist.broadcast(values, dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+            dist.all_reduce(values, group=self.dp.group)
+        if self.pp.size > 1:
+            dist.broadcast(values, group=self.pp.group, group_src=self.pp.size - 1)
         return values
 
 
@@ -109,7 +124,7 @@ def open_world(
 def open_mesh(layout: Layout, *, local_rank: int, seed: int) -> Iterator[Mesh]:
     """Build the groups of a layout over the ranks of an open world.
 
-    Megatron's order of ranks: tensor parallel innermost, then data parallel, then pipeline.
+    Megatron's order of ranks is that of AXES.
     """
     config = layout.config
     parallel_state.initialize_model_parallel(
@@ -120,18 +135,19 @@ def open_mesh(layout: Layout, *, local_rank: int, seed: int) -> Iterator[Mesh]:
     )
     # Dropout and recompute draw from Megatron's own generators, one stream per tensor-parallel rank.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+    }
     try:
         yield Mesh(
-            layout=layout,
+            layout,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(),
             device=local_device(local_rank),
+            axes={name: Axis(groups[name].rank(), groups[name].size(), groups[name]) for name in AXES},
         )
     finally:
         tensor_parallel.get_cuda_rng_tracker().reset()

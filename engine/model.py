@@ -17,9 +17,9 @@ from paralign.models.errors import WeightsError
 from paralign.models.head_read import HeadOutput, HeadRead
 from paralign.models.mcore import DistributedDataParallel, TransformerConfig, get_forward_backward_func
 
+from .backends import Backend, backend_of
 from .batch import PackedBatch
 from .build import Read, build_chunks, transformer_config, wrap_for_data_parallel
-from .kernels.parts import choose_parts
 from .layout import stage_rules
 from .mesh import Mesh
 from .model_section import ModelConfig
@@ -47,10 +47,17 @@ class Model:
         self.chunks: list[Any] = self.modules
 
     @classmethod
-    def open(cls, arch: Arch, mesh: Mesh, section: ModelConfig, read: Read) -> Model:
-        """Builds this rank's share and fills it; see `load`. Collective."""
-        config = transformer_config(arch, mesh.layout, section)
-        parts = choose_parts(section.kernels, section.attention_backend)
+    def open(
+        cls, arch: Arch, mesh: Mesh, section: ModelConfig, read: Read, backend: Backend | None = None
+    ) -> Model:
+        """Builds this rank's share and fills it; see `load`. Collective.
+
+        Args:
+            section: precision and recomputation, and the backend where none is given.
+        """
+        backend = backend or backend_of(section)
+        config = transformer_config(arch, mesh.layout, section, backend)
+        parts = backend.parts(arch, mesh.device, config.params_dtype)
         model = cls(build_chunks(config, arch, mesh, parts), config, arch, mesh)
         model.load(read)
         return model
@@ -71,8 +78,8 @@ class Model:
                     raise WeightsError(
                         f"{name}: no weight rule of family {self.arch.family} makes this parameter"
                     )
-                if self.mesh.dp_rank == 0:
-                    shard = rules[name].slice(read, self.mesh.tp_rank, self.mesh.layout.tp)
+                if self.mesh.dp.rank == 0:
+                    shard = rules[name].slice(read, self.mesh.tp.rank, self.mesh.tp.size)
                     if shard.shape != parameter.shape:
                         raise WeightsError(
                             f"{name}: its rule gives {tuple(shard.shape)}, "
@@ -154,23 +161,23 @@ class Model:
             bucket_bytes: no bucket holds more, but for one of a single native tensor that is larger.
         """
         self.synchronize()
-        if self.mesh.dp_rank > 0:
+        if self.mesh.dp.rank > 0:
             return
-        rules = {rule.native: rule for rule in stage_rules(self.mesh.layout, self.arch)[self.mesh.pp_rank]}
+        rules = {rule.native: rule for rule in stage_rules(self.mesh.layout, self.arch)[self.mesh.pp.rank]}
         bucket: dict[str, Tensor] = {}
         gathered = 0
         for native, parameter in self.named_weights():
             if native not in rules:  # the copy of tied embeddings on the last stage
                 continue
             rule, shards = rules[native], [parameter.detach()]
-            nbytes = parameter.nbytes * (self.mesh.layout.tp if rule.split is not None else 1)
+            nbytes = parameter.nbytes * (self.mesh.tp.size if rule.split is not None else 1)
             if gathered and gathered + nbytes > bucket_bytes:
                 yield bucket
                 bucket, gathered = {}, 0
             gathered += nbytes
             if rule.split is not None:
                 shards = self._gathered(shards[0])
-            if self.mesh.tp_rank == 0:
+            if self.mesh.tp.rank == 0:
                 bucket |= rule.join(shards)
         if gathered:
             yield bucket
@@ -178,9 +185,9 @@ class Model:
     def _gathered(self, shard: Tensor) -> list[Tensor]:
         """The shards of all tensor-parallel ranks, on the first of them."""
         into = None
-        if self.mesh.tp_rank == 0:
-            into = [torch.empty_like(shard) for _ in range(self.mesh.layout.tp)]
-        dist.gather(shard.contiguous(), into, group=self.mesh.tp_group, group_dst=0)
+        if self.mesh.tp.rank == 0:
+            into = [torch.empty_like(shard) for _ in range(self.mesh.tp.size)]
+        dist.gather(shard.contiguous(), into, group=self.mesh.tp.group, group_dst=0)
         return into or []
 
     @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import CheckpointError, ParalignError, RecipeError
 
+from .backends import backend_of
 from .batch import Kind
 from .check import CheckReport, check, sources_of_columns
 from .checkpoint import store
@@ -179,14 +180,11 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     Args:
         replay_step: take the newest checkpoint from before this step, and log nothing.
     """
-    from paralign.models.attention import alibi_attention, choose_kernel, sdpa_attention
-
     from .build import DTYPES
     from .checkpoint.export import export_hf
     from .checkpoint.native import NativeCheckpoints
     from .data.loader import PackLoader
     from .generate import Generations
-    from .kernels.parts import describe_kernels, fused
     from .model import Model
     from .objectives.measures import with_measures
     from .observe.health import Health
@@ -200,11 +198,11 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
 
     recipe, arch, layout = report.recipe, report.arch, report.layout
     dtype = DTYPES[recipe.model.dtype]
-    attention = choose_kernel(mesh.device, dtype, alibi=arch.alibi, backend=recipe.model.attention_backend)
+    backend = backend_of(recipe.model)
     options = {
         "global_batch_size": recipe.train.global_batch_size,
         "seed": recipe.train.seed,
-        "dp_rank": mesh.dp_rank,
+        "dp_rank": mesh.dp.rank,
         "dp_size": layout.dp,
         "micro_batch_multiple": layout.micro_batch_multiple,
         "device": mesh.device,
@@ -214,7 +212,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     model = Model.open(arch, mesh, recipe.model, read)
     fillers = build_fillers(report, model, read, loaders)
     model.prepare_to_train()
-    optimizer = Optimizer(model.chunks, recipe.optimizer, layout, dtype, fused=fused(recipe.model.kernels))
+    optimizer = Optimizer(model.chunks, recipe.optimizer, layout, dtype, fused=backend.fuses_updates)
 
     objective = build_objective(recipe.objective)
     cache, learns_answers = report.caches["train"], objective.reads is not Kind.CONVERSATIONS
@@ -250,9 +248,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     log.start(
         report.facts()
         | {
-            "attention": f"{attention.__name__} on {mesh.device.type}"
-            + (", a call for each segment" if attention in (alibi_attention, sdpa_attention) else ""),
-            "kernels": describe_kernels(recipe.model.kernels),
+            **backend.facts(arch, mesh.device, dtype),
             "start": f"step {first_step}"
             + (f", resumed from {newest}" if newest else "")
             + (f"; passed over {', '.join(left)}, not finished" if left else ""),
@@ -315,7 +311,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             recipe.run_dir,
             rank=mesh.rank,
             world_size=mesh.world_size,
-            place=(mesh.tp_rank, mesh.pp_rank, mesh.dp_rank),
+            place={name: axis.rank for name, axis in mesh.axes.items()},
             device=mesh.device,
         ),
         profiler=Profiler(recipe.observe.profile, recipe.run_dir, rank=mesh.rank, device=mesh.device),

@@ -82,7 +82,7 @@ def replay(trainer: Trainer, step: int) -> Replay:
     packs = _gather(trainer, mine)
     samples: list[PackReport] = []
     for k in [
-        pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.model.mesh.dp_rank
+        pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.model.mesh.dp.rank
     ]:
         for id_ in batch.pack_samples[k]:
             pack = trainer.train_loader.pack_of([id_])
@@ -129,7 +129,7 @@ def _alone(
         key=_severity,
     )
     places = tuple(trainer.train_loader.cache.place(i) for i in ids)
-    return PackReport(trainer.model.mesh.dp_rank, micro_batch, loss / times, largest, parameter, places)
+    return PackReport(trainer.model.mesh.dp.rank, micro_batch, loss / times, largest, parameter, places)
 
 
 def _severity(found: tuple[float, str]) -> tuple[bool, float]:
@@ -162,7 +162,7 @@ def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
     The loss is the last stage's, the same on its tensor-parallel ranks, and zero on the other stages.
     """
     every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(trainer.model.mesh.world_size)]
-    counts_loss = trainer.model.mesh.is_last_stage and trainer.model.mesh.tp_rank == 0
+    counts_loss = trainer.model.mesh.is_last_stage and trainer.model.mesh.tp.rank == 0
     dist.all_gather_object(every, [(counts_loss, part) for part in mine])
     merged: dict[tuple[int, int, tuple[str, ...]], PackReport] = {}
     for counts_loss, part in (entry for rank in every for entry in rank):

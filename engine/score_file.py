@@ -129,7 +129,7 @@ def _score(
                 mine = deal(
                     packs,
                     lengths,
-                    dp_rank=mesh.dp_rank,
+                    dp_rank=mesh.dp.rank,
                     dp_size=layout.dp,
                     micro_batch_multiple=layout.micro_batch_multiple,
                 )

@@ -20,7 +20,7 @@ from .errors import RecipeError
 from .mcore import MegatronModule
 from .segments import Segments
 
-Backend = Literal["auto", "flash", "varlen", "sdpa"]
+AttentionBackend = Literal["auto", "flash", "varlen", "sdpa"]
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 # Queries (T, H, D), keys (T, G, D), positions (T,) and frequencies (D/2,) to queries and keys turned.
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -185,7 +185,7 @@ def why_no_flash_attn() -> str:
 
 
 def choose_kernel(
-    device: torch.device, dtype: torch.dtype, *, alibi: bool = False, backend: Backend = "auto"
+    device: torch.device, dtype: torch.dtype, *, alibi: bool = False, backend: AttentionBackend = "auto"
 ) -> Kernel:
     """The kernel that a recipe names, or with `auto` the first that serves: flash-attn, torch's varlen, SDPA.
 
@@ -202,7 +202,6 @@ def choose_kernel(
         return varlen_attention if half_on_gpu and not alibi else per_segment
     for wrong, why in (
         (not half_on_gpu, f"runs on GPUs in bf16 or fp16, and this is {dtype} on {device.type}"),
-        (backend == "varlen" and alibi, "takes no ALiBi slopes"),
         (
             backend == "flash" and bool(why_no_flash_attn()),
             f"cannot be used ({why_no_flash_attn()}): pip install 'paralign[gpu]'",
@@ -210,6 +209,7 @@ def choose_kernel(
     ):
         if wrong:
             raise RecipeError(f"model.attention_backend: {backend} {why}; or set it to auto")
+    assert not (backend == "varlen" and alibi), "a recipe is checked for this (engine/backends)"
     return flash_attention if backend == "flash" else varlen_attention
 
 
@@ -227,11 +227,10 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
         *,
         rotate: Rotate,
-        backend: Backend,
+        kernel: Kernel,
     ) -> None:
         super().__init__(config=config)
-        self.rotate = rotate
-        self.backend = backend
+        self.rotate, self.kernel = rotate, kernel
         del layer_number, attn_mask_type, attention_type, cp_comm_type, pg_collection
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -254,8 +253,5 @@ class PackedAttention(MegatronModule):
             q, k = self.rotate(q, k, segments.positions_T, segments.rope)
         if segments.kv_index is not None:
             k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
-        kernel = choose_kernel(
-            q.device, q.dtype, alibi=segments.alibi_slopes_H is not None, backend=self.backend
-        )
-        out = kernel(q, k, v, segments, self.scale)
+        out = self.kernel(q, k, v, segments, self.scale)
         return out.reshape(out.shape[0], 1, -1)

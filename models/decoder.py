@@ -13,28 +13,24 @@ import torch
 from torch import Tensor
 
 from .arch import Arch
-from .attention import Backend, Rotate, alibi_slopes, inverse_frequencies
+from .attention import alibi_slopes, inverse_frequencies
 from .head_read import HeadOutput, HeadRead
-from .heads import ReadHead, ScalarHead, VocabularyHead
-from .layer import Layer
 from .mcore import (
     MLP,
     AttnMaskType,
-    ColumnParallelLinear,
-    IdentityOp,
     LanguageModelEmbedding,
     LanguageModule,
     MLPSubmodules,
     ModelType,
     ModuleSpec,
     ProcessGroupCollection,
-    RowParallelLinear,
     SelfAttention,
     SelfAttentionSubmodules,
     TransformerBlock,
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayerSubmodules,
+    build_module,
     get_num_layers_to_build,
 )
 from .segments import Segments
@@ -42,46 +38,55 @@ from .segments import Segments
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules and operations a decoder is built from; the engine chooses them, so that models know no kernel."""
+    """The modules that a decoder is built from, under Megatron's names; a backend gives them.
 
-    norm: ModuleSpec
-    core_attention: type
-    rotate: Rotate
-    activation: Callable[[Tensor], Tensor]  # (T, 1, 2F), gate first, to (T, 1, F)
-    read_head: ReadHead
-    attention_backend: Backend = "auto"
+    Attributes:
+        layer: the module of one layer, made of the parts before the last three.
+        activation_func: (T, 1, 2F), gate first, to (T, 1, F).
+        output_layer: the head of a language model; takes what `ColumnParallelLinear` takes, `vocab_size` and
+            `normalised`, and is called with hidden states, a `HeadRead` and a tied weight; see models/heads.py.
+        score: the scalar head; takes the configuration, the hidden size and `tp_group`.
+    """
+
+    layer: type
+    input_layernorm: ModuleSpec | type
+    linear_qkv: ModuleSpec | type
+    q_layernorm: ModuleSpec | type
+    k_layernorm: ModuleSpec | type
+    core_attention: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+    pre_mlp_layernorm: ModuleSpec | type
+    linear_fc1: ModuleSpec | type
+    activation_func: Callable[[Tensor], Tensor]
+    linear_fc2: ModuleSpec | type
+    final_layernorm: ModuleSpec | type
+    output_layer: ModuleSpec | type
+    score: ModuleSpec | type
 
 
-def layer_spec(arch: Arch, parts: Parts) -> ModuleSpec:
+def layer_spec(parts: Parts) -> ModuleSpec:
     """One decoder layer: pre-norm attention and gated MLP, each with its residual."""
-    head_norm = parts.norm if arch.qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=parts.linear_qkv,
+        core_attention=parts.core_attention,
+        linear_proj=parts.linear_proj,
+        q_layernorm=parts.q_layernorm,
+        k_layernorm=parts.k_layernorm,
+    )
+    mlp = MLPSubmodules(
+        linear_fc1=parts.linear_fc1, linear_fc2=parts.linear_fc2, activation_func=parts.activation_func
+    )
     return ModuleSpec(
-        module=Layer,
+        module=parts.layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=parts.input_layernorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(
-                        module=parts.core_attention,
-                        params={"rotate": parts.rotate, "backend": parts.attention_backend},
-                    ),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
+                submodules=attention,
             ),
-            pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
-                    activation_func=parts.activation,
-                ),
-            ),
+            pre_mlp_layernorm=parts.pre_mlp_layernorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
         ),
     )
 
@@ -120,19 +125,20 @@ class Decoder(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, padded_vocab_size, 0, position_embedding_type="rope", tp_group=groups.tp
             )
-        layers = [layer_spec(arch, parts)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+        layers = [layer_spec(parts)] * get_num_layers_to_build(config, vp_stage=vp_stage)
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.final_layernorm),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
             vp_stage=vp_stage,
         )
         if post_process and arch.scalar_head:
-            self.score = ScalarHead(config, config.hidden_size, tp_group=groups.tp)
+            self.score = build_module(parts.score, config, config.hidden_size, tp_group=groups.tp)
         elif post_process:
-            self.output_layer = VocabularyHead(
+            self.output_layer = build_module(
+                parts.output_layer,
                 config.hidden_size,
                 padded_vocab_size,
                 config=config,
@@ -142,7 +148,6 @@ class Decoder(LanguageModule):
                 tp_group=groups.tp,
                 vocab_size=arch.vocab_size,
                 normalised=arch.normalised_head,
-                read_head=parts.read_head,
             )
         if arch.alibi:
             mine = alibi_slopes(arch.num_attention_heads).chunk(groups.tp.size())[groups.tp.rank()]

@@ -16,6 +16,7 @@ FLOORS = [
     {"stop"},
     {"array_file", "batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
     {"columns", "data", "layout", "model_section", "objectives", "observe", "recipe_file", "schedule"},
+    {"backends"},
     {"mesh", "optim"},
     {"build"},
     {"model"},

@@ -31,7 +31,7 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     mesh.barrier()
-    writer = StageWriter(partial, plan, mesh.pp_rank) if mesh.dp_rank == mesh.tp_rank == 0 else None
+    writer = StageWriter(partial, plan, mesh.pp.rank) if mesh.dp.rank == mesh.tp.rank == 0 else None
     for bucket in model.tensors():
         for name, tensor in bucket.items():
             assert writer is not None

@@ -163,7 +163,7 @@ class NativeCheckpoints:
             "distrib_optim_sharding_type": "fully_reshardable",
             # Gathers over gloo, a parameter at a time, where the plain way holds a stage's optimizer on the GPU.
             "distrib_optim_fully_reshardable_mem_efficient": self._mesh.layout.dp > 1 and not ON_HOST,
-            "dp_cp_group": self._mesh.dp_group,
+            "dp_cp_group": self._mesh.dp.group,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             # Each layer under its own name, so that convert reads one tensor without its siblings.

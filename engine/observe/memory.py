@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,15 +18,15 @@ WORTH_WRITING = 1.01  # how much some peak must grow before the file is written 
 class Memory:
     """Gathers peaks: what torch allocated on the GPU at once, or on the CPU the process's resident size.
 
-    The file `run_dir/memory.json` holds {"rank", "tp", "pp", "dp", "peak_gb"} for each rank, in 10⁹ bytes. It is
-    kept up to date from the first report on, so that a run which dies of memory later leaves it behind.
+    The file `run_dir/memory.json` holds {"rank", "tp", …, "peak_gb"} for each rank, in 10⁹ bytes. It is kept up to
+    date from the first report on, so that a run which dies of memory later leaves it behind.
 
     Args:
-        place: ranks along tensor, pipeline and data parallelism.
+        place: this rank's number along each axis, by the axis' name.
     """
 
     def __init__(
-        self, run_dir: Path, *, rank: int, world_size: int, place: tuple[int, int, int], device: torch.device
+        self, run_dir: Path, *, rank: int, world_size: int, place: Mapping[str, int], device: torch.device
     ) -> None:
         self._path = run_dir / "memory.json"
         self._rank, self._world_size, self._place, self._device = rank, world_size, place, device
@@ -39,7 +40,9 @@ class Memory:
     def read(self) -> dict[str, float]:
         """`peak_memory_gb` of the fullest rank so far. Collective."""
         mine = torch.tensor(
-            [self._rank, *self._place, _peak_bytes(self._device)], dtype=torch.float64, device=self._device
+            [self._rank, *self._place.values(), _peak_bytes(self._device)],
+            dtype=torch.float64,
+            device=self._device,
         )
         every = [torch.empty_like(mine) for _ in range(self._world_size)]
         dist.all_gather(every, mine)
@@ -49,7 +52,7 @@ class Memory:
         if self._rank == 0 and grown:
             self._written = peaks
             ranks = [
-                dict(zip(("rank", "tp", "pp", "dp"), map(int, row), strict=False))
+                dict(zip(("rank", *self._place), map(int, row), strict=False))
                 | {"peak_gb": round(row[-1] / 1e9, 3)}
                 for row in rows
             ]

@@ -60,8 +60,8 @@ class Row:
 
 def step_batch(case: Case, mesh: Mesh) -> StepBatch:
     """This rank's contiguous share of the packs."""
-    share = len(case.plan.packs) // mesh.layout.dp
-    mine = case.plan.packs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+    share = len(case.plan.packs) // mesh.dp.size
+    mine = case.plan.packs[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
     packs: list[PackedBatch] = [
         pack_chats([case.samples[i] for i in ids], case.plan.tokens_per_pack, mesh.device) for ids in mine
     ]
@@ -132,14 +132,14 @@ def certify(rank: int, world_size: int, case: Case) -> Row:
 def _gather_gradients(model: Model) -> None:
     """Undo the scattering over data-parallel ranks, so that `main_grad` is whole on each."""
     mesh = model.mesh
-    if mesh.layout.dp == 1:
+    if mesh.dp.size == 1:
         return
     for chunk in model.chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
-                shards = list(bucket.grad_data.chunk(mesh.layout.dp))
-                mine = shards[mesh.dp_rank].clone()
-                dist.all_gather(shards, mine, group=mesh.dp_group)
+                shards = list(bucket.grad_data.chunk(mesh.dp.size))
+                mine = shards[mesh.dp.rank].clone()
+                dist.all_gather(shards, mine, group=mesh.dp.group)
 
 
 def _worst_gradient(model: Model, gradients: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -148,7 +148,7 @@ def _worst_gradient(model: Model, gradients: Mapping[str, Tensor]) -> tuple[floa
     worst = (0.0, "")
     for name, parameter in model.named_weights():
         rule: Any = rules[name]
-        expected = rule.slice(gradients.__getitem__, model.mesh.tp_rank, model.mesh.layout.tp)
+        expected = rule.slice(gradients.__getitem__, model.mesh.tp.rank, model.mesh.tp.size)
         scale = max(gradients[n].abs().max().item() for n in rule.hf)
         error = (parameter.main_grad - expected).abs().max().item() / scale  # type: ignore[attr-defined]
         worst = max(worst, (error, name))

@@ -157,10 +157,10 @@ def _share(
     mesh: Mesh,
     ref: np.ndarray | None,
 ) -> list[PackedBatch]:
-    share = len(packs) // mesh.layout.dp
+    share = len(packs) // mesh.dp.size
     made = [
         pack_groups([groups[i] for i in pack], case.plan.tokens_per_pack, mesh.device, layout)
-        for pack in packs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+        for pack in packs[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
     ]
     if ref is not None:
         put_reference(made, torch.from_numpy(ref))

@@ -178,7 +178,7 @@ def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
 
     def poisoned(model: Any, batch: Any, objective: Any, **options: Any) -> Any:
         sums = run_step(model, batch, objective, **options)
-        if next(steps) == 6 and model.mesh.is_last_stage and model.mesh.tp_rank == 1:
+        if next(steps) == 6 and model.mesh.is_last_stage and model.mesh.tp.rank == 1:
             divided = (p for p in model.chunks[0].parameters() if getattr(p, "tensor_model_parallel", False))
             next(divided).main_grad.view(-1)[0] = float("nan")
         return sums

@@ -11,17 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from paralign.engine import model as model_room
-from paralign.engine.build import (
-    DTYPES,
-    build_chunks,
-    random_weights,
-    transformer_config,
-)
-from paralign.engine.kernels import parts
+from paralign.engine.backends import ours
+from paralign.engine.build import DTYPES, random_weights
 from paralign.engine.kernels.head import read_head
 from paralign.engine.kernels.library import Found
-from paralign.engine.kernels.parts import fused_parts, torch_parts
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
 from paralign.engine.model import Model
@@ -31,7 +24,6 @@ from paralign.engine.optim import FusedAdamW, Optimizer
 from paralign.engine.schedule import OptimizerConfig
 from paralign.engine.step import run_step
 from paralign.models import arch_from_hf
-from paralign.models.decoder import Parts
 
 from . import certificate
 from .certificate import Case, Row, certify, step_batch
@@ -45,14 +37,13 @@ PLAN = PLANS["8 packs of 96, in order"]
 CLIP = 0.1
 
 
-def fused_parts_in_chunks(*_: str) -> Parts:
-    """Logits of a few rows at a time, so that the head makes its gradients in the forward pass."""
-    return replace(fused_parts(), read_head=partial(read_head, workspace_bytes=2**13))
+# Logits of a few rows at a time, so that the head makes its gradients in the forward pass.
+FUSED_IN_CHUNKS = replace(ours.FUSED, read_head=partial(read_head, workspace_bytes=2**13))
 
 
 def certify_fused(rank: int, world_size: int, case: Case) -> Row:
     with (
-        mock.patch.object(model_room, "choose_parts", fused_parts_in_chunks),
+        mock.patch.object(ours, "TORCH", FUSED_IN_CHUNKS),
         mock.patch.object(certificate, "Optimizer", partial(Optimizer, fused=True)),
     ):
         return certify(rank, world_size, case)
@@ -102,9 +93,8 @@ def train_in_bf16(
         tokens_per_pack=case.plan.tokens_per_pack,
     )
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        config = transformer_config(arch, layout, ModelConfig(hf=Path(), dtype="bf16"))
-        model = Model(build_chunks(config, arch, mesh, torch_parts()), config, arch, mesh)
-        model.load(random_weights(arch, seed=0, dtype=DTYPES["bf16"], device=mesh.device))
+        read = random_weights(arch, seed=0, dtype=DTYPES["bf16"], device=mesh.device)
+        model = Model.open(arch, mesh, ModelConfig(hf=Path(), dtype="bf16"), read)
         model.prepare_to_train()
         settings = OptimizerConfig(lr=1e-3, lr_decay_style="constant", weight_decay=0.1, clip_grad=CLIP)
         optimizer = Optimizer(model.chunks, settings, layout, DTYPES["bf16"], fused=fused)
@@ -153,7 +143,7 @@ def _losses(run_dir: Path) -> dict[tuple[int, str], float]:
 def train_recipe_fused(rank: int, world_size: int, recipe: Path, stop_before: int | None = None) -> None:
     """As if the kernels were built: the references of our operations run."""
     found = Found(object(), ())  # type: ignore[arg-type]
-    with mock.patch.object(parts, "find_library", return_value=found):
+    with mock.patch.object(ours, "find_library", return_value=found):
         train_recipe(rank, world_size, recipe, stop_before)
 
 

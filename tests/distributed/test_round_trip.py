@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paralign.engine.batch import Column, LossSum, PackedBatch, StepBatch, Unit
+from paralign.engine.batch import LossSum, PackedBatch, StepBatch, Unit
 from paralign.engine.checkpoint.export import export_hf
 from paralign.engine.checkpoint.hf import Assets, HFReader
 from paralign.engine.data.pack import pack_chats
@@ -20,6 +20,7 @@ from paralign.engine.mesh import open_mesh
 from paralign.engine.model import Model
 from paralign.engine.model_section import ModelConfig
 from paralign.engine.step import UNITS, run_step
+from paralign.models.head_read import HeadOutput, Quantity
 
 from .pool import RankPool
 from .reference import make_samples, tiny_model
@@ -42,11 +43,12 @@ SAMPLES = make_samples(12, longest=40)
 class EachRow:
     """Reports what the head gave for each row of a pack, in place of one loss."""
 
-    needs: frozenset[Column] = frozenset()
+    asks = frozenset({Quantity.LOGPROB})
     metrics = tuple(f"row {i}" for i in range(ROWS))
 
-    def loss(self, out: Tensor, batch: PackedBatch) -> LossSum:
-        return LossSum({Unit.TOKEN: out.sum()}, torch.stack((out, torch.ones_like(out)), dim=1).double())
+    def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
+        rows = torch.zeros(ROWS).index_put((batch.loss_rows,), out[Quantity.LOGPROB])
+        return LossSum({Unit.TOKEN: rows.sum()}, torch.stack((rows, torch.ones_like(rows)), dim=1).double())
 
 
 def _never(name: str) -> Tensor:
@@ -64,9 +66,9 @@ def round_trip(
     )
     section = ModelConfig(hf=source, dtype=dtype)
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        model = Model.open(reader.arch, mesh, section, reader.read if mesh.dp_rank == 0 else _never)
+        model = Model.open(reader.arch, mesh, section, reader.read if mesh.dp.rank == 0 else _never)
         real, empty = (pack_chats(samples, ROWS, mesh.device) for samples in (SAMPLES, []))
-        packs = [real if mesh.dp_rank == 0 else empty, empty]
+        packs = [real if mesh.dp.rank == 0 else empty, empty]
         batch = StepBatch(packs, {Unit.TOKEN: 1}, n_samples=1, n_tokens=1, sample_ids=())
         sums = run_step(model, batch, EachRow(), train=False)
         export_hf(

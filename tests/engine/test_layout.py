@@ -65,7 +65,8 @@ def test_a_layout_that_fits() -> None:
         (
             layout_config(3),
             {"gpus": 3},
-            "tp 3 does not divide 64 attention heads and 8 KV groups, nor they it, and an FFN of 28672; "
+            "tp 3 does not divide 64 attention heads and an FFN of 28672, and tp 3 and 8 KV heads: one must be a "
+            "multiple of the other; "
             "1, 2, 4, 8, 16, 32 or 64 would",
         ),
         (

@@ -127,7 +127,6 @@ def test_the_fastest_kernel_that_serves(
     [
         (CPU, torch.bfloat16, False, "flash", "runs on GPUs in bf16"),
         (GPU, torch.float32, False, "varlen", "float32 on cuda"),
-        (GPU, torch.bfloat16, True, "varlen", "ALiBi"),
         (GPU, torch.bfloat16, False, "flash", r"pip install .paralign\[gpu\]"),
     ],
 )
@@ -135,7 +134,7 @@ def test_a_kernel_that_does_not_serve_is_refused(
     device: torch.device,
     dtype: torch.dtype,
     alibi: bool,
-    backend: module.Backend,
+    backend: module.AttentionBackend,
     why: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from paralign.engine.backends import backend_of, check_backend, ours
+from paralign.engine.backends.ours import FUSED, TORCH, Kernels, Ours, parts_of
 from paralign.engine.cli import app
-from paralign.engine.kernels import build, library, parts
+from paralign.engine.kernels import build, library
 from paralign.engine.kernels.library import Found, find_library, library_for, sources_digest
-from paralign.engine.kernels.parts import choose_parts, describe_kernels, fused, fused_parts, torch_parts
+from paralign.engine.model_section import ModelConfig
+from paralign.models import arch_from_hf
+from paralign.models.attention import sdpa_attention
+from paralign.models.decoder import Parts
 from paralign.models.errors import RecipeError
+
+from ...distributed.reference import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -32,27 +40,42 @@ def not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_kernels_torch_runs_and_with_them_our_operations(
     not_built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose_parts("auto") == torch_parts() == choose_parts("reference")
-    assert not fused("auto")
-    assert not fused("reference")
+    arch, cpu = arch_from_hf(tiny_model("llama").config.to_dict()), torch.device("cpu")
+    fused, torchs = (parts_of(arch, operations, sdpa_attention) for operations in (FUSED, TORCH))
+
+    def parts(kernels: Kernels) -> Parts:
+        return Ours(kernels).parts(arch, cpu, torch.float32)
+
+    assert parts("auto") == torchs == parts("reference")
+    assert not Ours("auto").fuses_updates
+    assert not Ours("reference").fuses_updates
     assert library_for(torch.ones(1)) is None
     found = Found(object(), ("sm_90", "PTX 90"))  # type: ignore[arg-type]
-    monkeypatch.setattr(parts, "find_library", lambda: found)
-    assert choose_parts("auto") == choose_parts("required") == fused_parts()
-    assert fused("auto")
-    assert fused("required")
-    assert not fused("reference")
-    assert choose_parts("reference") == torch_parts()
-    assert describe_kernels("auto") == "CUDA, sm_90, PTX 90"
-    assert describe_kernels("reference") == "torch, as the recipe says, but for the head"
+    monkeypatch.setattr(ours, "find_library", lambda: found)
+    assert parts("auto") == parts("required") == fused
+    assert Ours("auto").fuses_updates
+    assert not Ours("reference").fuses_updates
+    assert parts("reference") == torchs
+    assert Ours("auto").facts(arch, cpu, torch.float32)["kernels"] == "CUDA, sm_90, PTX 90"
+    told = Ours("reference").facts(arch, cpu, torch.float32)
+    assert told["kernels"] == "torch, as the recipe says, but for the head"
 
 
 def test_required_refuses_the_fallback_and_says_why(not_built: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"model.kernels: required, but they are not built; run `paralign kernels"
     ):
-        choose_parts("required")
-    assert describe_kernels("auto") == "torch (not built; run `paralign kernels build`)"
+        backend_of(ModelConfig(hf=Path(), dtype="bf16", kernels="required"))
+    arch = arch_from_hf(tiny_model("llama").config.to_dict())
+    told = Ours().facts(arch, torch.device("cpu"), torch.float32)
+    assert told["kernels"] == "torch (not built; run `paralign kernels build`)"
+
+
+def test_a_model_that_the_backend_has_no_part_for_is_refused_at_the_check() -> None:
+    arch = replace(arch_from_hf(tiny_model("llama").config.to_dict()), alibi=True)
+    section = ModelConfig(hf=Path(), dtype="bf16", attention_backend="varlen")
+    with pytest.raises(RecipeError, match="varlen takes no ALiBi slopes; or set it to auto"):
+        check_backend(section, arch)
 
 
 def test_a_library_without_a_device_is_named_and_not_loaded(
