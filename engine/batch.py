@@ -5,7 +5,7 @@ Shape suffixes: T rows of a pack, S segments of a pack.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -123,6 +123,9 @@ class StepBatch:
         counts: over the packs of *all* ranks: what a loss in that unit is divided by; of tokens their weights.
         n_samples, n_tokens: real samples and real tokens over all ranks.
         sample_ids: ids of all the samples in the step, over all ranks, in pack order.
+        n_loss, squared_lengths: over all ranks, rows whose label is learned and the sum of squared sample lengths:
+            what FLOPs are counted from.
+        place: where a sample was read, `file:line`, by its id.
         pack_samples: for each of these packs the ids of its samples.
         mismatched: packs of this rank in which prompts are followed by other prompts' answers, where the
             objective needs a baseline from them.
@@ -133,6 +136,9 @@ class StepBatch:
     n_samples: int
     n_tokens: int
     sample_ids: tuple[int, ...]
+    n_loss: int = 0
+    squared_lengths: int = 0
+    place: Callable[[int], str] = str
     pack_samples: Sequence[Sequence[int]] = ()
     mismatched: list[PackedBatch] = field(default_factory=list)
 

@@ -1,6 +1,6 @@
-"""One step of a run again, alone: which pack, and which sample, made its loss or gradient what it was.
+"""Reruns one step, and reports which pack and which sample caused its loss or gradient.
 
-Owns the look at packs one by one; weights and samples come from the trainer. Nothing is written but the report.
+Nothing is written but the report.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .batch import PackedBatch, StepBatch
+from .learner import Learner
+from .mesh import Mesh
+from .model import Model
 from .step import UNITS, run_own
 from .trainer import Trainer
 
@@ -69,55 +72,42 @@ class Replay:
 
 def replay(trainer: Trainer, step: int) -> Replay:
     """Train up to `step` without a trace, then look at that step. Collective; equal on all ranks."""
-    trainer = replace(trainer, on_nonfinite="skip")
-    for earlier in range(trainer.first_step, step):
-        trainer.train_step(earlier, trainer.train_loader.step(earlier))
-    trainer.model.synchronize()
-    batch = trainer.train_loader.step(step)
-    for filler in trainer.fillers["train"]:
-        filler.fill(batch)
+    trainer = replace(trainer, course=replace(trainer.course, on_nonfinite="skip"))
+    for earlier in range(trainer.course.first_step, step):
+        trainer.train_step(earlier, trainer.train.step(earlier))
+    learner = trainer.learner
+    mesh = learner.model.mesh
+    learner.model.synchronize()
+    batch = trainer.train.step(step)
     mine = [
-        _alone(trainer, batch, pack, k, batch.pack_samples[k]) for k, pack in enumerate(batch.micro_batches)
+        _alone(learner, batch, pack, k, batch.pack_samples[k]) for k, pack in enumerate(batch.micro_batches)
     ]
-    packs = _gather(trainer, mine)
+    packs = _gather(mesh, mine)
     samples: list[PackReport] = []
-    for k in [
-        pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == trainer.model.mesh.dp.rank
-    ]:
+    for k in [pack.micro_batch for pack in packs if not pack.finite and pack.dp_rank == mesh.dp.rank]:
         for id_ in batch.pack_samples[k]:
-            pack = trainer.train_loader.pack_of([id_])
-            _fill(trainer, pack, batch, k)
-            samples.append(_alone(trainer, batch, pack, k, [id_]))
-    found = _gather(trainer, samples)
+            pack = trainer.train.alone([id_], batch, k, times=mesh.layout.micro_batch_multiple)
+            samples.append(_alone(learner, batch, pack, k, [id_]))
+    found = _gather(mesh, samples)
     whole = trainer.train_step(step, batch)  # last: it changes the weights
     return Replay(step, whole["loss"], whole["grad_norm"], tuple(packs), tuple(found))
 
 
-def _fill(trainer: Trainer, pack: PackedBatch, batch: StepBatch, micro_batch: int) -> None:
-    """The columns that no loader gives; what says something of the whole step is taken from its pack."""
-    times = trainer.model.mesh.layout.micro_batch_multiple
-    for filler in trainer.fillers["train"]:
-        if filler.source.of_step:
-            of_step = batch.micro_batches[micro_batch].columns
-            pack.columns = {**pack.columns, **{column: of_step[column] for column in filler.source.gives}}
-        else:
-            filler.fill(replace(batch, micro_batches=[pack] * times, mismatched=[]))
-
-
 def _alone(
-    trainer: Trainer, batch: StepBatch, pack: PackedBatch, micro_batch: int, ids: Sequence[int]
+    learner: Learner, batch: StepBatch, pack: PackedBatch, micro_batch: int, ids: Sequence[int]
 ) -> PackReport:
     """What this pipeline stage and tensor-parallel rank sees of a pack that is the whole step."""
-    times = trainer.model.mesh.layout.micro_batch_multiple  # an interleaved schedule wants as many
-    trainer.optimizer.zero_grad()
-    with _local_gradients(trainer):
+    mesh = learner.model.mesh
+    times = mesh.layout.micro_batch_multiple  # an interleaved schedule wants as many
+    learner.optimizer.zero_grad()
+    with _local_gradients(learner.model):
         alone = replace(batch, micro_batches=[pack] * times)
-        sums = run_own(trainer.model, alone, trainer.objective, train=True)
+        sums = run_own(learner.model, alone, learner.objective, train=True)
     loss = sum(
         total / (batch.counts.get(unit, 0) or 1.0)
         for unit, total in zip(UNITS, sums[: len(UNITS), 0].tolist())
     )
-    named = list(trainer.model.named_weights())
+    named = list(learner.model.named_weights())
     entries = torch.stack(
         [torch.linalg.vector_norm(weight.main_grad, math.inf) for _, weight in named]
     ).tolist()
@@ -128,8 +118,8 @@ def _alone(
         ),
         key=_severity,
     )
-    places = tuple(trainer.train_loader.cache.place(i) for i in ids)
-    return PackReport(trainer.model.mesh.dp.rank, micro_batch, loss / times, largest, parameter, places)
+    places = tuple(map(batch.place, ids))
+    return PackReport(mesh.dp.rank, micro_batch, loss / times, largest, parameter, places)
 
 
 def _severity(found: tuple[float, str]) -> tuple[bool, float]:
@@ -142,27 +132,27 @@ def _severity(found: tuple[float, str]) -> tuple[bool, float]:
 
 
 @contextmanager
-def _local_gradients(trainer: Trainer) -> Iterator[None]:
+def _local_gradients(model: Model) -> Iterator[None]:
     """Gradients stay where they are computed: no reduction over data-parallel ranks or shared weights."""
-    config = trainer.model.config
+    config = model.config
     before = config.finalize_model_grads_func, config.no_sync_func
     config.finalize_model_grads_func = config.no_sync_func = None
     try:
         with ExitStack() as stack:
-            for chunk in trainer.model.chunks:
+            for chunk in model.chunks:
                 stack.enter_context(chunk.no_sync())
             yield
     finally:
         config.finalize_model_grads_func, config.no_sync_func = before
 
 
-def _gather(trainer: Trainer, mine: Sequence[PackReport]) -> list[PackReport]:
+def _gather(mesh: Mesh, mine: Sequence[PackReport]) -> list[PackReport]:
     """The reports of all ranks, those of one pack's stages and tensor-parallel shares made one.
 
     The loss is the last stage's, the same on its tensor-parallel ranks, and zero on the other stages.
     """
-    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(trainer.model.mesh.world_size)]
-    counts_loss = trainer.model.mesh.is_last_stage and trainer.model.mesh.tp.rank == 0
+    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(mesh.world_size)]
+    counts_loss = mesh.is_last_stage and mesh.tp.rank == 0
     dist.all_gather_object(every, [(counts_loss, part) for part in mine])
     merged: dict[tuple[int, int, tuple[str, ...]], PackReport] = {}
     for counts_loss, part in (entry for rank in every for entry in rank):

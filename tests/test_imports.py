@@ -20,10 +20,10 @@ FLOORS = [
     {"mesh", "optim"},
     {"build"},
     {"model"},
-    {"checkpoint", "score", "step"},
-    {"generate", "recipe", "reference", "rule_table", "scorer", "writing"},
+    {"checkpoint", "score", "step", "steps"},
+    {"generate", "learner", "recipe", "reference", "rule_table", "scorer", "writing"},
     {"check", "convert", "score_file", "trainer"},
-    {"merge", "replay"},
+    {"assemble", "merge", "replay"},
     {"rank"},
     {"cli", "run"},
 ]

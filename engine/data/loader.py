@@ -73,6 +73,9 @@ class PackLoader:
             n_samples=len(ids),
             n_tokens=int(self.cache.lengths[ids].sum()),
             sample_ids=tuple(ids.tolist()),
+            n_loss=int(self.cache.n_loss[ids].sum()),
+            squared_lengths=int(np.square(self.cache.lengths[ids]).sum()),
+            place=self.cache.place,
             pack_samples=[share.tolist() for share in shares],
             mismatched=self.mismatched(step) if self.needs_mismatched else [],
         )

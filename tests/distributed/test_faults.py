@@ -172,7 +172,7 @@ def test_killed_in_a_save(
 
 
 def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
-    from paralign.engine import trainer as module
+    from paralign.engine import learner as module
 
     run_step, steps = module.run_step, iter(range(1000))
 
