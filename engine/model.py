@@ -191,21 +191,26 @@ class Model:
         return into or []
 
     @contextmanager
-    def lent(self, read: Read) -> Iterator[None]:
-        """Other frozen weights of this architecture in this model's place, so that no second one is in memory.
+    def lent(self, read: Read, *, scalar_head: bool = False) -> Iterator[Model]:
+        """Other frozen weights in this model's place, so that no second model is in memory; yields who reads them.
 
         This model's own bytes wait in the host's memory and come back at the end, also after an error: not a bit of
         the weights, or of what an optimizer keeps of them, is changed. Nothing may be trained meanwhile. Collective.
 
         Args:
             read: reads the other weights; see `load`.
+            scalar_head: they are those of a reward model of this architecture. It brings its head; ours stays.
         """
         self.synchronize()
-        parameters = [parameter for _, parameter in self.named_weights()]
+        borrower = self
+        if scalar_head and not self.arch.scalar_head:
+            modules = [module.under_scalar_head() for module in self.modules]
+            borrower = Model(modules, self.config, self.arch.with_scalar_head(), self.mesh)
+        parameters = [parameter for _, parameter in borrower.named_weights()]
         own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         try:
-            self.load(read)
-            yield
+            borrower.load(read)
+            yield borrower
         finally:
             with torch.no_grad():
                 for parameter, kept in zip(parameters, own):

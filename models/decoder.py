@@ -6,6 +6,7 @@ Shape suffixes: T rows of a pack, B = 1 (a micro-batch is one pack), H hidden si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ class Decoder(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config, ProcessGroupCollection.use_mpu_process_groups())
-        self.arch = arch
+        self.arch, self.parts = arch, parts
         self.vp_stage = vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = arch.tied
@@ -135,7 +136,7 @@ class Decoder(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process and arch.scalar_head:
-            self.score = build_module(parts.score, config, config.hidden_size, tp_group=groups.tp)
+            self.score = self._scalar_head()
         elif post_process:
             self.output_layer = build_module(
                 parts.output_layer,
@@ -159,6 +160,21 @@ class Decoder(LanguageModule):
                 self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
         elif pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    def _scalar_head(self) -> torch.nn.Module:
+        head: torch.nn.Module = build_module(
+            self.parts.score, self.config, self.config.hidden_size, tp_group=self.pg_collection.tp
+        )
+        return head
+
+    def under_scalar_head(self) -> Decoder:
+        """The embedding and layers of this language model, the same modules, under a scalar head of their own."""
+        other = copy(self)
+        other._modules = {name: module for name, module in self._modules.items() if name != "output_layer"}
+        other.arch = self.arch.with_scalar_head()
+        if self.post_process:
+            other.score = other._scalar_head().to(next(self.parameters()).device)
+        return other
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron's schedule hands over the previous stage's hidden states here."""

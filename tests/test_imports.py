@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from paralign.tools.house import imports_of, room_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,34 +35,20 @@ def _sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def _imports(path: Path) -> set[str]:
-    """Absolute names of everything that a file imports, relative imports resolved."""
-    package = ["paralign", *path.relative_to(ROOT).with_suffix("").parts]
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: -node.level] if node.level else []
-            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            names |= {f"{module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def _room(name: str) -> str | None:
-    parts = name.split(".")
-    return parts[2] if parts[:2] == ["paralign", "engine"] and len(parts) > 2 else None
-
-
 @pytest.mark.parametrize("path", _sources("models"), ids=str)
 def test_models_import_nothing_of_the_engine(path: Path) -> None:
-    assert not [name for name in _imports(path) if name.startswith(("paralign.engine", "paralign.tools"))]
+    assert not [
+        name for name in imports_of(path, ROOT) if name.startswith(("paralign.engine", "paralign.tools"))
+    ]
 
 
 @pytest.mark.parametrize("package", ["models", "engine", "tools"])
 def test_megatron_has_one_door(package: str) -> None:
     doors = {
-        path.name for path in _sources(package) for name in _imports(path) if name.startswith("megatron")
+        path.name
+        for path in _sources(package)
+        for name in imports_of(path, ROOT)
+        if name.startswith("megatron")
     }
     assert doors <= {"mcore.py"}
 
@@ -73,9 +60,9 @@ def test_engine_imports_downwards(path: Path) -> None:
     if here == "__init__":
         return
     assert here in FLOOR_OF, f"{here}: a new room; give it a floor"
-    for name in _imports(path):
+    for name in imports_of(path, ROOT):
         assert not name.startswith("paralign.tools"), name
-        room = _room(name)
+        room = room_of(name)
         if room and room != here:
             assert FLOOR_OF[room] < FLOOR_OF[here], f"{here} imports {name}"
 

@@ -18,7 +18,7 @@ from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
 from paralign.engine.optim import Optimizer
 from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.score import LOGPROBS
+from paralign.engine.score import LOGPROBS, VALUES
 from paralign.engine.step import run_step
 from paralign.models import arch_from_hf, rules_for
 from paralign.models.head_read import Quantity
@@ -62,6 +62,8 @@ def lend_between_steps(
             random_weights(arch, seed=seed, dtype=DTYPES[dtype], device=mesh.device) for seed in (1, 2)
         )
         other = Model.open(arch, mesh, section, others)
+        rewards = random_weights(arch.with_scalar_head(), seed=3, dtype=DTYPES[dtype], device=mesh.device)
+        scorer = Model.open(arch.with_scalar_head(), mesh, section, rewards)
         for lends in (False, True):
             model = Model.open(arch, mesh, section, ours)
             model.prepare_to_train()
@@ -74,6 +76,7 @@ def lend_between_steps(
                 seen.append(optimizer.step(1e-2).grad_norm)
                 if lends:
                     _lend(model, other, optimizer, others, batch)
+                    _lend_to_a_scorer(model, scorer, optimizer, rewards, batch)
             told.append(seen)
     return told[0], told[1]
 
@@ -94,6 +97,20 @@ def _lend(model: Model, other: Model, optimizer: Optimizer, read: Any, batch: An
 
     with pytest.raises(RuntimeError, match="in the midst"), model.lent(read):
         fail()
+    assert all(map(torch.equal, _bits(model, optimizer), before))
+
+
+def _lend_to_a_scorer(model: Model, scorer: Model, optimizer: Optimizer, read: Any, batch: Any) -> None:
+    """A reward model brings its head, and leaves no trace."""
+    before = _bits(model, optimizer)
+
+    def read_values(reader: Model) -> list[Tensor]:
+        return reader.read(batch.micro_batches, VALUES, lambda out, pack: out[Quantity.VALUE].clone())
+
+    with model.lent(read, scalar_head=True) as borrower:
+        assert not any(name.startswith("output_layer") for name, _ in borrower.named_weights())
+        lent = read_values(borrower)
+    assert all(map(torch.equal, lent, read_values(scorer)))
     assert all(map(torch.equal, _bits(model, optimizer), before))
 
 
