@@ -1,11 +1,9 @@
-"""What the objectives over answers share: sums over segments, pairs, metrics. Owns no loss.
+"""What the objectives over answers share: sums over segments, rows of metrics. Has no loss.
 
-Shape suffixes: T rows of a pack, R rows with a loss, S segments, P pairs.
+Shape suffixes: R rows with a loss, S segments.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +11,6 @@ from torch import Tensor
 from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Column, PackedBatch
-
-
-class PairValues(NamedTuple):
-    """One number for the chosen and for the rejected answer of each pair, (P,) each."""
-
-    chosen: Tensor
-    rejected: Tensor
 
 
 def answer_logprob(out: HeadOutput, batch: PackedBatch) -> Tensor:
@@ -53,12 +44,6 @@ def segments_of_rows(batch: PackedBatch) -> Tensor:
     return torch.searchsorted(bounds, batch.loss_rows.to(bounds.dtype), right=True) - 1
 
 
-def of_pairs(values_S: Tensor, batch: PackedBatch) -> PairValues:
-    """The values of the pairs' segments."""
-    chosen, rejected = batch.columns[Column.PAIR].unbind(1)
-    return PairValues(values_S.index_select(0, chosen), values_S.index_select(0, rejected))
-
-
 def metric_rows(*values: Tensor) -> Tensor:
     """Float64 (M, 2), detached: sum and number of elements of each."""
     rows = [
@@ -66,24 +51,3 @@ def metric_rows(*values: Tensor) -> Tensor:
         for value in values
     ]
     return torch.stack(rows)
-
-
-PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-
-def pair_metrics(rewards: PairValues, logprobs: PairValues) -> tuple[Tensor, ...]:
-    """What PAIR_METRICS names, (P,) each; a tie of rewards is no success, as in TRL."""
-    return (
-        rewards.chosen,
-        rewards.rejected,
-        (rewards.chosen > rewards.rejected).double(),
-        rewards.chosen - rewards.rejected,
-        *logprobs,
-    )

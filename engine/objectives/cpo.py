@@ -10,17 +10,8 @@ from pydantic import Field, model_validator
 
 from paralign.models.head_read import HeadOutput
 
-from ..batch import Column, Kind, LossSum, PackedBatch, Unit
-from .answers import (
-    PAIR_METRICS,
-    PairValues,
-    answer_length,
-    answer_logprob,
-    metric_rows,
-    of_pairs,
-    pair_metrics,
-)
-from .base import Objective
+from ..batch import LossSum, PackedBatch, Unit
+from .pairs import PAIR_METRICS, PairLogprobs, PairObjective, pair_rows
 from .sections import AnswerSection
 
 
@@ -50,7 +41,7 @@ class CPOConfig(AnswerSection):
         return self
 
 
-class CPO(Objective):
+class CPO(PairObjective):
     """A loss of Δ = log p(chosen) − log p(rejected) over the step's pairs, and α times the NLL of the chosen answers.
 
     sigmoid: −(1 − ε) log σ(βΔ) − ε log σ(−βΔ). hinge: max(0, 1 − βΔ). ipo: (Δ − 1/2β)²,
@@ -58,29 +49,23 @@ class CPO(Objective):
     """
 
     section = CPOConfig
-    reads = Kind.PAIRS
-    needs = frozenset({Column.PAIR})
     metrics = (*PAIR_METRICS, "nll_loss")
 
     def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
         config: CPOConfig = self.config
-        logprob_S, length_S = answer_logprob(out, batch), answer_length(batch)
-        whole = of_pairs(logprob_S, batch)
-        logprobs = of_pairs(logprob_S / length_S, batch) if config.loss_type == "ipo" else whole
-        rewards = PairValues(config.beta * logprobs.chosen, config.beta * logprobs.rejected)
-        scaled = rewards.chosen - rewards.rejected
+        policy = PairLogprobs.of(out, batch)
+        logprobs = policy.per_token if config.loss_type == "ipo" else policy.whole
+        rewards = logprobs.scaled(config.beta)
         if config.loss_type == "hinge":
-            losses = torch.relu(1 - scaled)
+            losses = torch.relu(1 - rewards.margin)
         elif config.loss_type == "ipo":
-            losses = (logprobs.chosen - logprobs.rejected - 1 / (2 * config.beta)) ** 2
+            losses = (logprobs.margin - 1 / (2 * config.beta)) ** 2
         else:
-            smoothing = config.label_smoothing
+            smoothing, scaled = config.label_smoothing, rewards.margin
             losses = -(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)
-        likelihood = -whole.chosen.sum()
-        n_tokens = of_pairs(length_S, batch).chosen.sum()
-        rows = metric_rows(*pair_metrics(rewards, logprobs))
+        likelihood, row = policy.nll()
         return LossSum(
             {Unit.PAIR: losses.sum().float(), Unit.TOKEN: config.cpo_alpha * likelihood.float()},
-            torch.cat((rows, torch.stack((likelihood.detach(), n_tokens))[None])),
+            torch.cat((pair_rows(rewards, logprobs), row)),
         )

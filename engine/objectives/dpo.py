@@ -11,17 +11,8 @@ from torch import Tensor
 
 from paralign.models.head_read import HeadOutput
 
-from ..batch import Column, Kind, LossSum, PackedBatch, Unit
-from .answers import (
-    PAIR_METRICS,
-    PairValues,
-    answer_length,
-    answer_logprob,
-    metric_rows,
-    of_pairs,
-    pair_metrics,
-)
-from .base import Objective
+from ..batch import Column, LossSum, PackedBatch, Unit
+from .pairs import PAIR_METRICS, PairLogprobs, PairObjective, PairValues, of_pairs, pair_rows
 from .sections import ReferenceSection
 
 
@@ -53,7 +44,7 @@ class DPOConfig(ReferenceSection):
         return self
 
 
-class DPO(Objective):
+class DPO(PairObjective):
     """A loss of Δ = log π/π_ref (chosen) − log π/π_ref (rejected), averaged over the pairs of the step.
 
     sigmoid: −log σ(βΔ). hinge: max(0, 1 − βΔ). robust: ((1 − ε)(−log σ(βΔ)) + ε log σ(−βΔ)) / (1 − 2ε).
@@ -61,7 +52,6 @@ class DPO(Objective):
     """
 
     section = DPOConfig
-    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.REF_LOGPROB})
 
     def __init__(self, config: DPOConfig) -> None:
@@ -70,27 +60,22 @@ class DPO(Objective):
 
     def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective."""
-        logprob_S = answer_logprob(out, batch)
-        ratio_S = logprob_S - batch.columns[Column.REF_LOGPROB]
-        logprobs, ratios = of_pairs(logprob_S, batch), of_pairs(ratio_S, batch)
-        rewards = PairValues(self.config.beta * ratios.chosen, self.config.beta * ratios.rejected)
-        totals = {Unit.PAIR: self._losses(ratios, batch).sum().float()}
-        measured = pair_metrics(rewards, logprobs)
-        rows = metric_rows(*measured)
+        policy, theirs = PairLogprobs.of(out, batch), of_pairs(batch.columns[Column.REF_LOGPROB], batch)
+        ratios = PairValues(policy.whole.chosen - theirs.chosen, policy.whole.rejected - theirs.rejected)
+        compared = policy.mean(ratios) if self.config.loss_type == "ipo" else ratios
+        totals = {Unit.PAIR: self._losses(compared.margin).sum().float()}
+        rows = pair_rows(ratios.scaled(self.config.beta), policy.whole)
         if self.config.sft_weight:
-            likelihood = -logprobs.chosen.sum()
+            likelihood, row = policy.nll()
             totals[Unit.TOKEN] = self.config.sft_weight * likelihood.float()
-            n_tokens = of_pairs(answer_length(batch), batch).chosen.sum()
-            rows = torch.cat((rows, torch.stack((likelihood.detach(), n_tokens))[None]))
+            rows = torch.cat((rows, row))
         return LossSum(totals, rows)
 
-    def _losses(self, ratios: PairValues, batch: PackedBatch) -> Tensor:
+    def _losses(self, delta_P: Tensor) -> Tensor:
         beta, epsilon = self.config.beta, self.config.label_smoothing
+        scaled = beta * delta_P
         if self.config.loss_type == "ipo":
-            lengths = of_pairs(answer_length(batch), batch)
-            per_token = ratios.chosen / lengths.chosen - ratios.rejected / lengths.rejected
-            return (per_token - 1 / (2 * beta)) ** 2
-        scaled = beta * (ratios.chosen - ratios.rejected)
+            return (delta_P - 1 / (2 * beta)) ** 2
         if self.config.loss_type == "hinge":
             return torch.relu(1 - scaled)
         if epsilon is not None:

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from paralign.models.head_read import HeadOutput, Quantity
 
-from ..batch import Column, Kind, LossSum, PackedBatch, Unit
-from .answers import (
-    PAIR_METRICS,
-    PairValues,
-    answer_length,
-    answer_logprob,
-    metric_rows,
-    of_pairs,
-    pair_metrics,
-    segment_sums,
-)
-from .base import Objective
+from ..batch import Column, LossSum, PackedBatch, Unit
+from .answers import metric_rows, segment_sums
+from .pairs import PAIR_METRICS, PairLogprobs, PairObjective, of_pairs, pair_rows
 from .sections import AnswerSection
 
 
@@ -39,14 +30,13 @@ class ORPOConfig(AnswerSection):
     beta: float = Field(gt=0)
 
 
-class ORPO(Objective):
+class ORPO(PairObjective):
     """NLL of prompt and chosen answer per token, minus β log σ(log odds ratio) per pair.
 
     The odds of an answer are p / (1 − p) with p = exp(mean log-probability of its tokens).
     """
 
     section = ORPOConfig
-    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.IN_ANSWER})
     metrics = (*PAIR_METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
 
@@ -55,19 +45,16 @@ class ORPO(Objective):
         logprob_R = out[Quantity.LOGPROB].double()
         likelihood = -of_pairs(segment_sums(logprob_R, batch), batch).chosen.sum()
         n_tokens = of_pairs(segment_sums(torch.ones_like(logprob_R), batch), batch).chosen.sum()
-        per_token = of_pairs(answer_logprob(out, batch) / answer_length(batch), batch)
-        log_odds_P = (per_token.chosen - per_token.rejected) - (
-            _log1mexp(per_token.chosen) - _log1mexp(per_token.rejected)
-        )
+        per_token = PairLogprobs.of(out, batch).per_token
+        log_odds_P = per_token.margin - (_log1mexp(per_token.chosen) - _log1mexp(per_token.rejected))
         ratio_P = F.logsigmoid(log_odds_P)
         beta = self.config.beta
-        rewards = PairValues(beta * per_token.chosen, beta * per_token.rejected)
-        measured = metric_rows(*pair_metrics(rewards, per_token), ratio_P, log_odds_P)
-        n_shared = len(PAIR_METRICS)
         nll_row = torch.stack((likelihood.detach(), n_tokens))[None]
         return LossSum(
             {Unit.TOKEN: likelihood.float(), Unit.PAIR: -beta * ratio_P.sum().float()},
-            torch.cat((measured[:n_shared], nll_row, measured[n_shared:])),
+            torch.cat(
+                (pair_rows(per_token.scaled(beta), per_token), nll_row, metric_rows(ratio_P, log_odds_P))
+            ),
         )
 
 

@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 
 from paralign.models.head_read import HeadOutput, Quantity
 
-from ..batch import Column, Kind, LossSum, PackedBatch, Unit
-from .answers import metric_rows, of_pairs, segment_sums
-from .base import Objective, means
+from ..batch import Column, LossSum, PackedBatch, Unit
+from .answers import metric_rows, segment_sums
+from .base import means
+from .pairs import PairObjective, of_pairs
 from .sections import AnswerSection
 
 # Confidence of a pair is σ(|r_w − r_l|), from a half to one.
@@ -49,7 +50,7 @@ class RewardConfig(AnswerSection):
         return self
 
 
-class Reward(Objective):
+class Reward(PairObjective):
     """−log σ(r_w − r_l − m) + α [(r_w − s_w)² + (r_l − s_l)²] + c (r_w + r_l)², averaged over the step's pairs.
 
     r rewards of the chosen and the rejected answer, s their normalised scores, m the pair's margin. α is 0 in a
@@ -57,7 +58,6 @@ class Reward(Objective):
     """
 
     section = RewardConfig
-    reads = Kind.PAIRS
     needs = frozenset({Column.PAIR, Column.SCORE, Column.MARGIN})
     asks = frozenset({Quantity.VALUE})
     metrics = (

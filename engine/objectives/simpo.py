@@ -9,17 +9,8 @@ from pydantic import Field
 
 from paralign.models.head_read import HeadOutput
 
-from ..batch import Column, Kind, LossSum, PackedBatch, Unit
-from .answers import (
-    PAIR_METRICS,
-    PairValues,
-    answer_length,
-    answer_logprob,
-    metric_rows,
-    of_pairs,
-    pair_metrics,
-)
-from .base import Objective
+from ..batch import LossSum, PackedBatch, Unit
+from .pairs import PairLogprobs, PairObjective, pair_rows
 from .sections import AnswerSection
 
 
@@ -37,17 +28,14 @@ class SimPOConfig(AnswerSection):
     gamma: float = Field(ge=0)
 
 
-class SimPO(Objective):
+class SimPO(PairObjective):
     """−log σ(β (log p(chosen)/|chosen| − log p(rejected)/|rejected|) − γ), averaged over the step's pairs."""
 
     section = SimPOConfig
-    reads = Kind.PAIRS
-    needs = frozenset({Column.PAIR})
-    metrics = PAIR_METRICS
 
     def loss(self, out: HeadOutput, batch: PackedBatch) -> LossSum:
         """Sums over one pack; see Objective. `logps` are per token, as in TRL."""
-        per_token = of_pairs(answer_logprob(out, batch) / answer_length(batch), batch)
-        rewards = PairValues(self.config.beta * per_token.chosen, self.config.beta * per_token.rejected)
-        losses_P = -F.logsigmoid(rewards.chosen - rewards.rejected - self.config.gamma)
-        return LossSum({Unit.PAIR: losses_P.sum().float()}, metric_rows(*pair_metrics(rewards, per_token)))
+        per_token = PairLogprobs.of(out, batch).per_token
+        rewards = per_token.scaled(self.config.beta)
+        losses_P = -F.logsigmoid(rewards.margin - self.config.gamma)
+        return LossSum({Unit.PAIR: losses_P.sum().float()}, pair_rows(rewards, per_token))
