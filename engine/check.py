@@ -6,7 +6,6 @@ and no GPU.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from .data.answers import AnswerLayout
 from .data.cache import TokenCache, build_or_open
 from .data.config import SourceConfig
 from .data.epochs import Epochs, StepStatistics, step_statistics
+from .data.tokenizer import largest_id
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
@@ -131,7 +131,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
     if recipe.model.init == "weights":
         open_source(recipe.model.hf)
-    _check_vocabulary(_largest_id(recipe.tokenizer_dir), recipe, arch)
+    _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
 
     caches: dict[str, TokenCache] = {}
     for name, sources in sets.items():
@@ -224,27 +224,12 @@ def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
             )
 
 
-def _check_vocabulary(largest_id: int, recipe: Recipe, arch: Arch) -> None:
-    if largest_id >= arch.vocab_size:
+def _check_vocabulary(id_: int, recipe: Recipe, arch: Arch) -> None:
+    if id_ >= arch.vocab_size:
         raise WeightsError(
-            f"{recipe.tokenizer_dir}: the tokenizer has token {largest_id}, but vocab_size is "
+            f"{recipe.tokenizer_dir}: the tokenizer has token {id_}, but vocab_size is "
             f"{arch.vocab_size} in {recipe.model.hf}/config.json; is this the tokenizer of this model?"
         )
-
-
-def _largest_id(tokenizer_dir: Path) -> int:
-    """From tokenizer.json; -1 where there is none, and only the tokens of the data are checked."""
-    path = tokenizer_dir / "tokenizer.json"
-    if not path.is_file():
-        return -1
-    try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = tokenizer["model"]["vocab"]
-        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
-    except (ValueError, KeyError, TypeError):
-        raise WeightsError(f"{path}: not a tokenizer of the tokenizers library; copy it again") from None
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return max([*ids, *added], default=-1)
 
 
 def _parameters_per_rank(layout: Layout, arch: Arch) -> int:

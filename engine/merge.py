@@ -7,7 +7,6 @@ whole models: no slices, no gradients of values, no other tokenizer than the par
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from .checkpoint.manifest import MANIFEST, Digest, digest, fingerprint, read_man
 from .checkpoint.source import ModelSource, open_source
 from .config import Section, decode
 from .convert import state_of
+from .data.tokenizer import vocabulary
 from .recipe_file import dump_yaml, load_recipe_file
 from .writing import Kind, Report, WriteOptions, dtype_named, refuse_unless_empty, write_model
 
@@ -335,24 +335,12 @@ def _refuse_unlike(left: ModelSource, right: ModelSource) -> None:
             f"{left.directory} and {right.directory} differ in {', '.join(unlike)} of config.json; "
             "only models of one architecture can be merged"
         )
-    ours_of, theirs_of = _vocabulary(left.assets), _vocabulary(right.assets)
+    ours_of, theirs_of = vocabulary(left.assets), vocabulary(right.assets)
     if ours_of is not None and theirs_of is not None and ours_of != theirs_of:
         raise WeightsError(
             f"{left.directory} and {right.directory} have different tokenizers: one token would mean two things; "
             "merge models of one tokenizer"
         )
-
-
-def _vocabulary(assets: Path) -> object:
-    """Tokens and their numbers, comparable; None where there is no tokenizer."""
-    fast, sentencepiece = assets / "tokenizer.json", assets / "tokenizer.model"
-    if fast.is_file():
-        content = json.loads(fast.read_text(encoding="utf-8"))
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return "tokenizers", content.get("model", {}).get("vocab"), added
-    if sentencepiece.is_file():
-        return "sentencepiece", hashlib.sha256(sentencepiece.read_bytes()).hexdigest()
-    return None
 
 
 def _card(config: MergeConfig, text: str, parents: Sequence[ModelSource], prints: Sequence[str]) -> str:

@@ -26,22 +26,13 @@ from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Rule, Shape, check_shape
 
+from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..whole_file import write_whole
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def is_native(directory: Path) -> bool:
@@ -300,7 +291,7 @@ def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
     _write_json(directory / "config.json", config | (scorer.config() if scorer else {}))
     for source, name in [
         (model, "generation_config.json"),
-        *((assets.tokenizer, name) for name in TOKENIZER_FILES),
+        *((assets.tokenizer, name) for name in TOKENIZER_FILES if name != PROCESSOR_TEMPLATE),
     ]:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

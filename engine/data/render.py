@@ -14,18 +14,15 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from paralign.models.errors import DataError, WeightsError
+from paralign.models.errors import DataError
 
 from .config import ChatTemplate, LossOn
 from .conversation import Conversation
-from .sentencepiece_tokenizer import SentencePieceTokenizer, is_sentencepiece
-
-if TYPE_CHECKING:  # transformers costs seconds; `check` must start at once
-    from transformers import PreTrainedTokenizerFast
+from .tokenizer import open_tokenizer
 
 _OURS = Path(__file__).parent / "templates"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -229,24 +226,3 @@ def _check_tools(conversation: Conversation, text: str, spans: Mapping[int, Span
             f"{conversation.place}: the chat template leaves out the tool {absent[0]}; take a template that "
             "renders tools, such as the model's own or chatml, or remove the tools"
         )
-
-
-def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTokenizer:
-    """The tokenizer of a Hugging Face directory, fast or sentencepiece's; WeightsError if it has neither."""
-    from transformers import AutoTokenizer
-
-    if not directory.is_dir():
-        raise WeightsError(f"{directory}: no such directory; expected one with a tokenizer")
-    if is_sentencepiece(directory):
-        return SentencePieceTokenizer(directory)
-    try:
-        # Said outright: transformers asks at the terminal where nothing is said, and a "y" runs what the files hold.
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{directory}: no tokenizer can be opened: {error}") from error
-    if not tokenizer.is_fast:
-        raise WeightsError(
-            f"{directory}: {type(tokenizer).__name__} has no tokenizer.json, which places each token in the "
-            "text; convert it to a fast tokenizer"
-        )
-    return tokenizer

@@ -37,6 +37,7 @@ from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
 from .render import template_text
 from .sources import content_files, record_format
+from .tokenizer import TOKENIZER_FILES
 
 VERSION = 2  # of what render makes of a conversation; part of the key
 FORM = ".v3"  # of the files above
@@ -45,18 +46,6 @@ COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
 CHAT = np.array(
     (1, 0, 0, False, np.nan, 0.0), dtype=ANSWER
 )  # nothing stands before a chat but its first token
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass
