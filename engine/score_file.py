@@ -20,7 +20,7 @@ from .checkpoint.hf import HFReader
 from .data.answers import AnswerLayout, Group, chat
 from .data.config import ChatTemplate, SourceConfig
 from .data.encode import Rendering, encode_record
-from .data.epochs import deal
+from .data.epochs import Share
 from .data.packing import plan_packs
 from .data.render import template_text
 from .data.sources import read_records, record_format
@@ -123,16 +123,8 @@ def _score(
         model = Model.open(reader.arch, mesh, section, reader.read)
 
         def steps() -> Iterator[list[Any]]:
-            at_once = PACKS_PER_RANK * layout.dp * multiple
-            for first in range(0, len(plan), at_once):
-                packs = [plan.pack(i) for i in range(first, min(first + at_once, len(plan)))]
-                mine = deal(
-                    packs,
-                    lengths,
-                    dp_rank=mesh.dp_rank,
-                    dp_size=layout.dp,
-                    micro_batch_multiple=layout.micro_batch_multiple,
-                )
+            share = Share(mesh.dp_rank, layout.dp, layout.micro_batch_multiple)
+            for mine in share.of_plan(plan, lengths, PACKS_PER_RANK * layout.dp * multiple):
                 yield [
                     pack_groups([groups[k] for k in ids], tokens_per_pack, mesh.device, answer_layout)
                     for ids in mine
