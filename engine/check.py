@@ -1,4 +1,4 @@
-"""Whether a recipe can run: its parts against each other and against what lies on disk. Runs nothing itself.
+"""Whether a recipe can run: its parts against each other and against what lies on disk.
 
 Cheap checks come first, so that a wrong layout is told before an hour of tokenising. Needs no megatron-core
 and no GPU.
@@ -120,29 +120,8 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     )
     _check_recompute(recipe, layout, arch)
     check_installed(recipe.observe)
-    sets = data.sets
-    absent = [
-        f"data.{name.replace('/', '.')}: {source.path}"
-        for name in sets
-        for source in sets[name]
-        if not source.path.exists()
-    ]
-    if absent:
-        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
-    if recipe.model.init == "weights":
-        open_source(recipe.model.hf)
-    _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
-
-    caches: dict[str, TokenCache] = {}
-    for name, sources in sets.items():
-        cache = caches[name] = open_set(recipe, sources, progress=progress)
-        _check_vocabulary(cache.max_token, recipe, arch)
-        if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
-            raise RecipeError(
-                f"data.{name.replace('/', '.')}: a sample of {longest:,} tokens is longer than "
-                f"max_position_embeddings {arch.max_position_embeddings:,} in {recipe.model.hf}/config.json; "
-                "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
-            )
+    _check_files(recipe, arch)
+    caches = _open_sets(recipe, arch, progress=progress)
     samples = caches["train"]
     epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed)
     steps = step_statistics(
@@ -153,15 +132,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         global_batch_size=train.global_batch_size,
     )
     total_steps = train.max_steps or epochs.first_step(train.epochs or 0)
-    if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
-        raise RecipeError(
-            f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
-            "lower lr_warmup_steps"
-        )
-    if (window := recipe.observe.profile) and window.to > total_steps:
-        raise RecipeError(
-            f"observe.profile: traces up to step {window.to}, and the run has {total_steps} steps; lower from and to"
-        )
+    _check_steps(recipe, total_steps)
     return CheckReport(
         recipe,
         arch,
@@ -209,6 +180,49 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
         score_range,
         progress=progress,
     )
+
+
+def _check_files(recipe: Recipe, arch: Arch) -> None:
+    """Data, weights and tokenizer are there and fit each other, as far as headers say."""
+    absent = [
+        f"data.{name.replace('/', '.')}: {source.path}"
+        for name, sources in recipe.data.sets.items()
+        for source in sources
+        if not source.path.exists()
+    ]
+    if absent:
+        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
+    if recipe.model.init == "weights":
+        open_source(recipe.model.hf)
+    _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
+
+
+def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool) -> dict[str, TokenCache]:
+    """The tokens of every set, which the model can take."""
+    caches = {}
+    for name, sources in recipe.data.sets.items():
+        cache = caches[name] = open_set(recipe, sources, progress=progress)
+        _check_vocabulary(cache.max_token, recipe, arch)
+        if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
+            raise RecipeError(
+                f"data.{name.replace('/', '.')}: a sample of {longest:,} tokens is longer than "
+                f"max_position_embeddings {arch.max_position_embeddings:,} in {recipe.model.hf}/config.json; "
+                "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
+            )
+    return caches
+
+
+def _check_steps(recipe: Recipe, total_steps: int) -> None:
+    """Warm-up and traces end before the run does."""
+    if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
+        raise RecipeError(
+            f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
+            "lower lr_warmup_steps"
+        )
+    if (window := recipe.observe.profile) and window.to > total_steps:
+        raise RecipeError(
+            f"observe.profile: traces up to step {window.to}, and the run has {total_steps} steps; lower from and to"
+        )
 
 
 def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:

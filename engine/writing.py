@@ -1,4 +1,4 @@
-"""A model written file by file into a directory that appears when it is whole. Owns work, resuming, proof.
+"""A model written file by file into a directory that appears when it is whole, and read back as proof.
 
 The work is done in `.DST.part` beside the destination; a run that was cut off goes on with the files that are
 not finished. Tensors pass through in blocks: while one is read and checked, the one before is hashed and written.
@@ -36,6 +36,7 @@ from .checkpoint.workers import Advance, ByteBar, over
 from .whole_file import sync, sync_tree, write_whole
 
 Kind = Literal["hf", "native"]
+TARGETS: dict[Kind, type[HFTarget] | type[NativeTarget]] = {"hf": HFTarget, "native": NativeTarget}
 PLAN = "plan.json"
 HELD_BYTES = 2**28  # of files may be in memory for each worker before they are let go of
 
@@ -122,8 +123,7 @@ def write_model(
     shard_bytes = parse_size(options.max_shard_size)
     plan = {"kind": options.kind, "dtype": str(options.dtype), "shards": shard_bytes, **identity}
     with _unfinished(dst, plan) as part:
-        make: type[HFTarget] | type[NativeTarget] = HFTarget if options.kind == "hf" else NativeTarget
-        target = make(part, source.rules, dtype=options.dtype, max_shard_bytes=shard_bytes)
+        target = TARGETS[options.kind](part, source.rules, dtype=options.dtype, max_shard_bytes=shard_bytes)
         job = _Job(source, target, options.dtype, digest_early=not options.verify)
         files = [file for file in target.files if not job.finished(file)]
         done = target.tensor_bytes - sum(map(target.file_bytes, files))
@@ -131,15 +131,8 @@ def write_model(
         with ByteBar(shown=options.progress) as bar:
             began = time.monotonic()
             advance = bar.task("writing", total=target.tensor_bytes, done=done)
-            try:
+            with _disk_may_fill(dst):
                 job.write(files, options.workers, advance)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise CheckpointError(
-                    f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
-                    "options: it goes on where it was"
-                ) from None
             target.finish()
             dtype = str(options.dtype).removeprefix("torch.")
             copy_assets(Assets(source.assets, source.assets), target.assets, dtype=dtype)
@@ -315,6 +308,19 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
             sync(dst.parent)
         finally:
             part.with_suffix(".lock").unlink()
+
+
+@contextmanager
+def _disk_may_fill(dst: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise CheckpointError(
+            f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
+            "options: it goes on where it was"
+        ) from None
 
 
 def _refuse_without_room(dst: Path, needed: int) -> None:
