@@ -6,7 +6,6 @@ One process by itself, or the ranks of `torchrun -m paralign.engine.cli score â€
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,8 +112,7 @@ def _score(
     answer_layout = AnswerLayout(frozenset(), Head.SCALAR, share_prefix=False)
     lengths = np.array([1 + len(group.answers[0].tokens) for group in groups])
     plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
-    host, port = env.master.rsplit(":", 1)
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    env.tell_torch()
     with (
         open_world(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=30),
         open_mesh(layout, local_rank=env.local_rank, seed=0) as mesh,

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
 from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Parts, Rule, bit_equal, count_parameters, in_blocks
+from paralign.models.weights import Blocks, Rule, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
 from .checkpoint.manifest import Digest, digest
@@ -33,7 +32,7 @@ from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
 from .checkpoint.workers import Advance, ByteBar, over
-from .whole_file import sync, sync_tree, write_whole
+from .whole_file import name_directory, write_whole
 
 Kind = Literal["hf", "native"]
 TARGETS: dict[Kind, type[HFTarget] | type[NativeTarget]] = {"hf": HFTarget, "native": NativeTarget}
@@ -177,7 +176,7 @@ class _Job:
         def write_file(file: str) -> None:
             digests: dict[str, Any] = {}
 
-            def tensors() -> Iterator[tuple[str, Parts]]:
+            def tensors() -> Iterator[tuple[str, Blocks]]:
                 for rule, names in self._target.content(file):
                     if self._target.kind == "hf":
                         read = self._source.tensors(rule)
@@ -196,7 +195,7 @@ class _Job:
         }
 
     def _passing(
-        self, name: str, rule: Rule, parts: Parts, digests: dict[str, Any], advance: Advance
+        self, name: str, rule: Rule, parts: Blocks, digests: dict[str, Any], advance: Advance
     ) -> Iterator[Tensor]:
         """A tensor's blocks, checked, cast, and hashed if it is early."""
         behind, hasher = Behind(), hashlib.sha256()
@@ -303,9 +302,7 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(part)
                 raise
             saved.unlink()
-            sync_tree(part)
-            os.replace(part, dst)  # which is empty, or not there
-            sync(dst.parent)
+            name_directory(part, dst)
         finally:
             part.with_suffix(".lock").unlink()
 

@@ -4,7 +4,6 @@
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from . import host, weight_gradient
@@ -56,14 +55,14 @@ TorchDistSaveShardedStrategy = torch_strategies.TorchDistSaveShardedStrategy
 class TorchDistLoadShardedStrategy(torch_strategies.TorchDistLoadShardedStrategy):
     """megatron-core's, with a reader of the caller's: megatron-core makes one by a function of its own module."""
 
-    def __init__(self, reader: Callable[[Any], Any]) -> None:
+    def __init__(self, reader: Any) -> None:
         super().__init__()
         self._reader = reader
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         """See megatron-core."""
         theirs = torch_strategies._get_filesystem_reader
-        torch_strategies._get_filesystem_reader = lambda directory, *_, **__: self._reader(directory)
+        torch_strategies._get_filesystem_reader = lambda *_, **__: self._reader
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
         finally:

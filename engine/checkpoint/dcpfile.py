@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Parts, Shape
+from paralign.models.weights import Blocks, Shape
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
@@ -147,7 +147,7 @@ class CheckpointFileWriter:
         self.close = self._file.close
         self.stretches: dict[str, Stretch] = {}
 
-    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Parts) -> None:
+    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Blocks) -> None:
         """Writes a tensor of `shape` and `dtype`; raises ValueError if the parts are another one."""
         section = _Section(self._file)
         with zipfile.ZipFile(section, "w") as archive:  # type: ignore[call-overload]

@@ -24,7 +24,7 @@ from torch import Tensor
 from paralign.models import arch_from_hf, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule, Shape, check_shape
+from paralign.models.weights import Blocks, Rule, Shape, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..whole_file import write_whole
@@ -56,19 +56,19 @@ def arch_of(directory: Path) -> Arch:
 
 
 class HFReader:
-    """A model's tensors by Hugging Face name, lazily; every check is done when it is made.
+    """A Hugging Face directory as a `ModelSource`; every check is done when it is made.
 
-    Attributes:
-        arch: shape facts from `config.json`.
-        rules: the family's rules; `rule.slice(reader.read, tp_rank, tp_size)` reads what a rank owns.
-        files: those with the weights.
+    `rule.slice(reader.read, tp_rank, tp_size)` reads what a rank owns.
 
     Raises:
         WeightsError: an unknown model; a missing or truncated file; an index that disagrees with the files;
             a tensor that is missing, unknown, of another shape, or quantised.
     """
 
+    kind = "hf"
+
     def __init__(self, directory: Path) -> None:
+        self.directory = self.assets = directory
         self.arch = arch_of(directory)
         self.rules = rules_for(self.arch)
         self._files: dict[str, MappedFile] = {}
@@ -88,10 +88,34 @@ class HFReader:
         """The whole tensor, memory-mapped, in the dtype of the file: slice it to read only the slice."""
         return self._files[name][name]
 
+    def dtype(self) -> torch.dtype:
+        found = {self.read(name).dtype: name for rule in self.rules for name in rule.hf}
+        return one_dtype(found, self.directory, WeightsError)
+
+    def nbytes(self, rule: Rule) -> int:
+        return sum(self.read(name).nbytes for name in rule.hf)
+
+    def stored(self, rule: Rule) -> Mapping[str, Blocks]:
+        return {name: [self.read(name)] for name in rule.hf}
+
+    def tensors(self, rule: Rule) -> Mapping[str, Blocks]:
+        return self.stored(rule)
+
+    def native(self, rule: Rule) -> Blocks:
+        return rule.parts(self.read)
+
     def release(self) -> None:
         """Drops the pages that reading has brought into memory."""
         for file in set(self._files.values()):
             file.release()
+
+
+def one_dtype(dtypes: Mapping[torch.dtype, str], directory: Path, error: type[Exception]) -> torch.dtype:
+    """The only key of `dtypes`, each with a tensor that has it; raises `error` if there are several."""
+    if len(dtypes) > 1:
+        examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise error(f"{directory}: its weights are of several dtypes: {examples}; choose one with --dtype")
+    return next(iter(dtypes))
 
 
 @dataclass(frozen=True)

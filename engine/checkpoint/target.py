@@ -1,23 +1,23 @@
-"""A model on disk in the making: which tensor goes into which file, and one finished file after another.
+"""A model on disk in the making: which tensor goes into which file, and one file after another.
 
-Owns the plan and the last touch of each form; hf.py, tensorfile.py and dcpfile.py own the formats.
+That a file is there does not say that it is whole: writing.py keeps beside it that it is. The formats stand in hf.py,
+tensorfile.py and dcpfile.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from paralign.models.weights import Parts, Rule
+from paralign.models.weights import Blocks, Rule
 
 from .dcpfile import CheckpointFileWriter, Stretch, write_metadata
 from .hf import shard_plan, write_index
-from .tensorfile import TensorFileWriter, file_layout
+from .tensorfile import TensorFileWriter
 
 Content = Sequence[tuple[Rule, Sequence[str]]]  # rules in order, and the names of their tensors in a file
 
@@ -48,10 +48,10 @@ class Target(Protocol):
     def content(self, file: str) -> Content:
         """What a file holds, in the order in which `write` wants it."""
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
-        """Writes one file under a temporary name, then renames it; returns what `finish` must know, as JSON.
+    def write(self, file: str, tensors: Iterable[tuple[str, Blocks]]) -> Any:
+        """Writes one file, and returns what `finish` must know of it, as JSON.
 
-        A part is let go of when the one after the next is asked for: until then it must not change.
+        A tensor must not change until the one after the next is asked for.
         """
 
     def finish(self) -> None:
@@ -87,15 +87,14 @@ class HFTarget:
     def content(self, file: str) -> Content:
         return self._content[file]
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
-        path = self.directory / f"{file}.part"
+    def write(self, file: str, tensors: Iterable[tuple[str, Blocks]]) -> Any:
+        path = self.directory / file
         writer = TensorFileWriter(path, self._files[file].shapes, self._plan.dtype)
         for name, parts in tensors:
             writer.write(name, parts)
         writer.close()
         assert not writer.missing
-        assert path.stat().st_size == file_layout(self._files[file].shapes, self._plan.dtype)[2]
-        os.replace(path, self.directory / file)
+        assert path.stat().st_size == writer.size
         return None
 
     def finish(self) -> None:
@@ -136,13 +135,11 @@ class NativeTarget:
     def content(self, file: str) -> Content:
         return [(rule, [rule.native]) for rule in self._content[file]]
 
-    def write(self, file: str, tensors: Iterable[tuple[str, Parts]]) -> Any:
-        path = self.directory / f"{file}.part"
-        writer = CheckpointFileWriter(path)
+    def write(self, file: str, tensors: Iterable[tuple[str, Blocks]]) -> Any:
+        writer = CheckpointFileWriter(self.directory / file)
         for name, parts in tensors:
             writer.write(name, self._shapes[name], self._dtype, parts)
         writer.close()
-        os.replace(path, self.directory / file)
         return {name: [stretch.offset, stretch.length] for name, stretch in writer.stretches.items()}
 
     def finish(self) -> None:

@@ -86,13 +86,13 @@ def read_metadata(directory: Path) -> Metadata:
         raise unreadable(f"{path}: cannot be read", error) from None
 
 
-def refuse_more_than_tensors(directory: Path) -> None:
+def refuse_more_than_tensors(reader: MetadataReader) -> None:
     """Opens what else megatron-core is about to open of a training state, for an error that says what is wrong.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds more than tensors and plain values.
     """
-    found = read_metadata(directory)
+    found, directory = reader.read_metadata(), Path(reader.path)
     path = directory / BACKEND
     try:
         if json.loads(path.read_text())["sharded_backend"] != "torch_dist":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -32,7 +31,7 @@ from paralign.models.errors import DataError
 
 from ..array_file import read_array, read_arrays
 from ..batch import Kind
-from ..whole_file import sync, sync_tree
+from ..whole_file import name_directory
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
 from .render import template_text
@@ -200,9 +199,7 @@ def _build(
                 stream = encode_sources(sources, formats, rendering, config.workers)
                 _write(temporary, stream, sources, advance)
             try:
-                sync_tree(temporary)
-                os.rename(temporary, directory)
-                sync(directory.parent)
+                name_directory(temporary, directory)
             except OSError:
                 if not directory.is_dir():
                     raise
