@@ -1,4 +1,4 @@
-"""Rewards for a file of conversations: a reward model over every record, as JSONL. Owns no training.
+"""Rewards for a file of conversations: a reward model over every record, as JSONL.
 
 One process by itself, or the ranks of `torchrun -m paralign.engine.cli score …` at a layout.
 """
@@ -73,11 +73,11 @@ def _read(
     """Each conversation as one answer to its first token: a reward is read at its end."""
     source = SourceConfig(path=data, name=data.stem, format="auto")
     renderer = Rendering(model, template_text(chat_template), "all").open()
-    stated = record_format(source)
+    reading = record_format(source)
     lines: list[int] = []
     groups: list[Group] = []
     for record in read_records(data):
-        tokens = encode_record(record, source, stated, renderer).tokens
+        ((tokens, _),), _ = encode_record(record, source, reading, renderer)
         if not 2 <= len(tokens) <= tokens_per_pack:
             raise DataError(
                 f"{data}:{record.line}: {len(tokens):,} tokens; expected 2 to tokens_per_pack {tokens_per_pack:,}"

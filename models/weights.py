@@ -1,4 +1,4 @@
-"""Rules that say how Hugging Face tensors become native ones. Owns the moves, not the files or families.
+"""Rules that say how Hugging Face tensors become native ones.
 
 A rule states one thing: which stretches of which Hugging Face tensors follow one another in the share of a
 tensor-parallel rank. Slicing (import), joining (export), shapes and verification all derive from it. Moves
@@ -86,19 +86,22 @@ class Rule:
         Raises:
             WeightsError: a tensor has another shape than the rule says, or `tp_size` does not divide it.
         """
-        parts = self._views(read, tp_rank, tp_size)
+        parts = self.parts(read, tp_rank, tp_size)
         missing = self._extent(tp_size) - sum(part.shape[self._dim] for part in parts)
         if missing:
             parts.append(parts[0].new_zeros(_resized(parts[0].shape, self._dim, missing)))
         return torch.cat(parts, self._dim)
 
-    def parts(self, read: Read) -> list[Tensor]:
-        """The whole native tensor, without padding, as views of what was read.
+    def parts(self, read: Read, tp_rank: int = 0, tp_size: int = 1) -> list[Tensor]:
+        """The share of one rank, without padding, as views of what was read; by default the whole native tensor.
 
         Raises:
             WeightsError: a tensor has another shape than the rule says.
         """
-        return self._views(read, 0, 1)
+        sources = [read(name) for name in self.hf]
+        for name, source, expected in zip(self.hf, sources, self.hf_shapes):
+            check_shape(name, source.shape, expected)
+        return [sources[i].narrow(self._dim, a, b - a) for i, a, b in self.pieces(tp_rank, tp_size)]
 
     def hf_parts(self, native: Tensor) -> dict[str, list[Tensor]]:
         """The inverse of `parts`: Hugging Face tensors by name, as views of the whole native tensor.
@@ -108,10 +111,8 @@ class Rule:
         """
         check_shape(self.native, native.shape, self.native_shape)
         found: list[list[tuple[int, Tensor]]] = [[] for _ in self.hf]
-        at = 0
-        for source, start, stop in self.pieces(0, 1):
-            found[source].append((start, native.detach().narrow(self._dim, at, stop - start)))
-            at += stop - start
+        for source, start, view in self._placed(native, 0, 1):
+            found[source].append((start, view))
         ordered = [sorted(views, key=lambda view: view[0]) for views in found]
         return {name: [view for _, view in views] for name, views in zip(self.hf, ordered)}
 
@@ -138,12 +139,8 @@ class Rule:
             return {name: views[0] if len(views) == 1 else torch.cat(views) for name, views in found.items()}
         joined = [shards[0].new_empty(shape) for shape in self.hf_shapes]
         for tp_rank, shard in enumerate(shards):
-            at = 0
-            for source, start, stop in self.pieces(tp_rank, tp_size):
-                length = stop - start
-                part = shard.detach().narrow(self._dim, at, length)
-                joined[source].narrow(self._dim, start, length).copy_(part)
-                at += length
+            for source, start, view in self._placed(shard, tp_rank, tp_size):
+                joined[source].narrow(self._dim, start, view.shape[self._dim]).copy_(view)
         return dict(zip(self.hf, joined))
 
     @property
@@ -151,11 +148,12 @@ class Rule:
         """Shape of each tensor, whole and without padding, under its name in either form."""
         return {self.native: self.native_shape, **dict(zip(self.hf, self.hf_shapes))}
 
-    def _views(self, read: Read, tp_rank: int, tp_size: int) -> list[Tensor]:
-        sources = [read(name) for name in self.hf]
-        for name, source, expected in zip(self.hf, sources, self.hf_shapes):
-            check_shape(name, source.shape, expected)
-        return [sources[i].narrow(self._dim, a, b - a) for i, a, b in self.pieces(tp_rank, tp_size)]
+    def _placed(self, share: Tensor, tp_rank: int, tp_size: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Views of a share: index into `hf`, where the view begins in that tensor, the view."""
+        at = 0
+        for source, start, stop in self.pieces(tp_rank, tp_size):
+            yield source, start, share.detach().narrow(self._dim, at, stop - start)
+            at += stop - start
 
     @property
     def _dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Pickles in checkpoints, opened for tensors and plain values only. Owns what is allowed, not the format.
+"""Pickles in checkpoints, opened for tensors and plain values only.
 
 A pickle is a program: it calls what it can name, and changes what it has named. Here every name leads to a stand-in
 that can do nothing, and what comes out is looked at field by field before torch's own records are made of it.
@@ -158,25 +158,10 @@ class _Record(metaclass=_Inert):
         self.fields = state
 
 
-class _Whole(_Record): ...
-
-
-class _Index(_Record): ...
-
-
-class _Place(_Record): ...
-
-
-class _Objects(_Record): ...
-
-
-class _Tensors(_Record): ...
-
-
-class _Properties(_Record): ...
-
-
-class _Chunk(_Record): ...
+_Whole, _Index, _Place, _Objects, _Tensors, _Properties, _Chunk = (
+    _Inert(f"_{name}", (_Record,), {})
+    for name in ("Whole", "Index", "Place", "Objects", "Tensors", "Properties", "Chunk")
+)
 
 
 def inert(function: Callable[..., Any]) -> Any:
@@ -275,7 +260,7 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _fields(record: Any, kind: type[_Record]) -> dict[str, Any]:
+def _fields(record: Any, kind: type) -> dict[str, Any]:
     return _checked(_checked(record, kind).fields, dict)
 
 

@@ -1,4 +1,4 @@
-"""Tokens on disk, made once for each content. Owns the directory and its key, not how tokens come about.
+"""Tokens on disk, made once for each content.
 
     <cache_dir>/<key>.v3/tokens.bin    int32, all answers end to end, each behind its prompt; a chat is one answer
                          weights.bin   float32, what each token counts in the loss; 0 where it is not learned
@@ -188,15 +188,12 @@ def _build(
         template_text(config.chat_template),
         config.loss_on,
         skip_bad=config.bad_record == "skip",
-        kind=kind,
     )
-    # The keys of a preference say what it is; nothing is to be stated or found out.
-    conversations = kind is Kind.CONVERSATIONS
-    formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
+    readings = [record_format(source, kind) for source in sources]
     try:
         with _unfinished(directory) as temporary:
             with _advance(sources, shown=progress) as advance:
-                stream = encode_sources(sources, formats, rendering, config.workers)
+                stream = encode_sources(sources, readings, rendering, config.workers)
                 _write(temporary, stream, sources, advance)
             try:
                 name_directory(temporary, directory)
