@@ -1,4 +1,4 @@
-"""What flows through the engine: packs, their columns, and sums of losses. Owns the shapes, no behaviour.
+"""What flows through the engine: packs, their columns, and sums of losses.
 
 Shape suffixes: T rows of a pack, S segments of a pack.
 """

@@ -1,4 +1,4 @@
-"""Several models of one shape into one, tensor by tensor. Owns the configuration and the card, no formula.
+"""Several models of one shape into one, tensor by tensor; the formulas stand in merge_methods.py.
 
 The configuration has MergeKit's vocabulary, so that its files run here as they are, as long as they merge
 whole models: no slices, no gradients of values, no other tokenizer than the parents'.

@@ -1,4 +1,4 @@
-"""Log-probabilities of a reference model, computed once and kept beside the tokens. Owns their files and keys.
+"""Log-probabilities of a reference model, computed once and kept next to the tokens.
 
     <cache of the data set>/reference-<weights>.npz            of every answer, good for any pack plan or layout
                             mismatched-<weights>-<steps>.npz   of mismatched answers, in the order of the steps

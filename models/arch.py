@@ -1,4 +1,4 @@
-"""Shape facts of a decoder, read from a Hugging Face `config.json`. Owns no tensor names and no weights.
+"""Shape facts of a decoder, read from a Hugging Face `config.json`.
 
 A key that would make our forward pass differ from Hugging Face's is refused, never ignored. What an absent key
 means there stands in `Family.defaults`, and is filled in before anything is read here. Messages start with

@@ -1,4 +1,4 @@
-"""Hugging Face directories: reading by slices, writing by shards. Owns files and names, not the weight rules.
+"""Hugging Face directories: reading by slices, writing by shards.
 
 Everything is checked when a directory is opened, from headers and file sizes, so that a run never dies of a
 bad shard after its queue time. Writing needs no collective: which tensor goes into which file is a pure
@@ -58,7 +58,7 @@ def arch_of(directory: Path) -> Arch:
 class HFReader:
     """A Hugging Face directory as a `ModelSource`; every check is done when it is made.
 
-    `rule.slice(reader.read, tp_rank, tp_size)` reads what a rank owns.
+    `rule.slice(reader.read, tp_rank, tp_size)` reads the share of a rank.
 
     Raises:
         WeightsError: an unknown model; a missing or truncated file; an index that disagrees with the files;

@@ -1,4 +1,4 @@
-"""manifest.json: name, shape, dtype and SHA-256 of every tensor of a model on disk. Owns checking by it.
+"""manifest.json: name, shape, dtype and SHA-256 of every tensor of a model on disk, and checks by it.
 
 The digests are of the tensors' bytes, little-endian and contiguous, so that they do not depend on shards.
 """

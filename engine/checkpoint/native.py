@@ -1,6 +1,6 @@
 """Training state through megatron-core's sharded checkpoints: any layout saves, any layout loads.
 
-Owns what is saved and that it appears whole or not at all; store.py owns the directories.
+It appears whole or not at all; where checkpoints lie stands in store.py.
 """
 
 from __future__ import annotations

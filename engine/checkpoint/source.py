@@ -1,4 +1,4 @@
-"""A model on disk, whichever way it is kept: one rule's tensors at a time. Owns no file format.
+"""A model on disk, whichever way it is kept: one rule's tensors at a time.
 
 A directory with `.metadata` is a native checkpoint, whose config and tokenizer are in `hf/`; any other is a
 Hugging Face directory.

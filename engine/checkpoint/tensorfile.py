@@ -1,4 +1,4 @@
-"""One safetensors file: its header, its tensors, writing in any order. Owns the format, not the directory.
+"""One safetensors file: its header, its tensors, writing in any order.
 
 The format is 8 bytes of header length, a JSON header, then the tensors' bytes without holes. It is read and
 written here, and not by the safetensors package, for two reasons: a directory is checked by its headers

@@ -1,4 +1,4 @@
-"""What is packed: prompts with their answers, and how many rows they take. Owns no tensor; pack.py makes the packs.
+"""What is packed: prompts with their answers, and how many rows they take.
 
 A chat is a prompt of one token with one answer: nothing stands before its first token, so that is never learned.
 """

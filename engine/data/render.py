@@ -1,4 +1,4 @@
-"""From a conversation to tokens and the set of them that is learned. Owns chat templates and loss masks.
+"""From a conversation to tokens and the set of them that is learned: chat templates and loss masks.
 
 The whole conversation is rendered and tokenised once, as it is at inference; what is to be learned is found
 in the text and carried over by the tokens' offsets. Tokenising turn by turn instead would forbid merges

@@ -1,4 +1,4 @@
-"""What a set of samples comes to: lengths, packs, what is learned, source by source. Owns numbers and their table."""
+"""What a set of samples comes to: lengths, packs, what is learned, source by source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One turn of a conversation in OpenAI's or ShareGPT's spelling. Owns turns, not records and not their order."""
+"""One turn of a conversation in OpenAI's or ShareGPT's spelling."""
 
 from __future__ import annotations
 
