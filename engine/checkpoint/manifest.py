@@ -83,8 +83,8 @@ class Difference:
     what: str
 
 
-def check_against_manifest(directory: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
-    """Reads every tensor of a model and compares it with the manifest beside it; shows a bar if `progress`.
+def check_against_manifest(directory: Path, *, workers: int = 1) -> list[Difference]:
+    """Reads every tensor of a model and compares it with the manifest beside it.
 
     Raises:
         WeightsError, CheckpointError: the directory cannot be read at all.
@@ -102,15 +102,13 @@ def check_against_manifest(directory: Path, *, workers: int = 1, progress: bool 
         source.release()
         return found
 
-    differences = _over_rules(check, source, workers, progress)
+    differences = _over_rules(check, source, workers)
     held = {name for rule in source.rules for name in (rule.hf if source.kind == "hf" else (rule.native,))}
     return differences + [Difference(name, "missing") for name in expected if name not in held]
 
 
-def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
+def compare(left: Path, right: Path, *, workers: int = 1) -> list[Difference]:
     """Compares two models bit by bit under their Hugging Face names; each may be of either kind.
-
-    Shows a bar if `progress`.
 
     Raises:
         WeightsError, CheckpointError: a directory cannot be read at all.
@@ -136,7 +134,7 @@ def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True)
         theirs.release()
         return found
 
-    differences = _over_rules(check, ours, workers, progress)
+    differences = _over_rules(check, ours, workers)
     here = {name for rule in ours.rules for name in rule.hf}
     return differences + [
         Difference(name, f"only in {right}") for rule in theirs.rules for name in rule.hf if name not in here
@@ -144,9 +142,9 @@ def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True)
 
 
 def _over_rules(
-    check: Callable[[Rule], list[Difference]], source: ModelSource, workers: int, progress: bool
+    check: Callable[[Rule], list[Difference]], source: ModelSource, workers: int
 ) -> list[Difference]:
-    with ByteBar(shown=progress) as bar:
+    with ByteBar(shown=True) as bar:
         advance = bar.task("verifying", total=sum(map(source.nbytes, source.rules)))
 
         def checked(rule: Rule) -> list[Difference]:

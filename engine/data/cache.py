@@ -246,12 +246,12 @@ def build_or_open(
     return TokenCache.open(directory, opened, config, layout, score_range)
 
 
-def stop_token(cache: TokenCache, *, n_samples: int = 1000) -> int | None:
+def stop_token(cache: TokenCache) -> int | None:
     """The id that ends most answers of the first samples; None where whole texts are learned, not answers."""
     if cache.config.loss_on == "all":
         return None
     ends: Counter[int] = Counter()
-    for i in range(min(n_samples, len(cache))):
+    for i in range(min(1000, len(cache))):
         answer = cache.group(i).answers[0]
         ends[int(answer.tokens[np.flatnonzero(answer.weights)[-1]])] += 1
     (token, count), *_ = ends.most_common(1)

@@ -234,7 +234,8 @@ def _write(
     origins: Sequence[SourceConfig],
     advance: Callable[[int], None],
 ) -> None:
-    lengths, n_loss, token_weights, lines, sources, answers = [], [], [], [], [], []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    answers = []
     max_token, n_stops = 0, 0
     n_bad, first_bad = [0] * len(origins), ""
     with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
@@ -242,11 +243,11 @@ def _write(
             chunk.tokens.tofile(tokens)
             chunk.weights.tofile(weights)
             ends = np.cumsum(chunk.lengths)
-            n_loss.append(_sums(chunk.weights > 0, ends, np.int64))
-            token_weights.append(_sums(chunk.weights, ends, np.float64))
-            lengths.append(chunk.lengths)
-            lines.append(chunk.lines)
-            sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
+            columns["lengths"].append(chunk.lengths)
+            columns["n_loss"].append(_sums(chunk.weights > 0, ends, np.int64))
+            columns["token_weights"].append(_sums(chunk.weights, ends, np.float64))
+            columns["lines"].append(chunk.lines)
+            columns["sources"].append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
             max_token = max(max_token, int(chunk.tokens.max(initial=0)))
             n_stops += chunk.n_stops
             answers.append(chunk.answers)
@@ -254,28 +255,22 @@ def _write(
             first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
             advance(chunk.n_bytes)
     paths = ", ".join(str(origin.path) for origin in origins)
-    if not any(map(len, lengths)):
+    samples = {name: np.concatenate(column) for name, column in columns.items()}
+    if not len(samples["lengths"]):
         raise DataError(
             f"{paths}: no sample is left: {sum(n_bad):,} that cannot be read, the first: {first_bad}"
         )
-    if n_stops == 0 and any(n.any() for n in n_loss):
+    if n_stops == 0 and samples["n_loss"].any():
         raise DataError(
             f"{paths}: no sample teaches a token that ends a turn, so the model would never stop; "
             "the template must end an assistant turn with a special token of the tokenizer, inside "
             "{% generation %} if it has that"
         )
-    np.savez(
-        directory / SAMPLES,
-        lengths=np.concatenate(lengths),
-        n_loss=np.concatenate(n_loss),
-        token_weights=np.concatenate(token_weights),
-        lines=np.concatenate(lines),
-        sources=np.concatenate(sources),
-    )
+    np.savez(directory / SAMPLES, allow_pickle=False, **samples)
     if any(len(table) for table in answers):
         np.save(directory / ANSWERS, np.concatenate(answers))
     meta = {
-        "n_tokens": int(sum(part.sum() for part in lengths)),
+        "n_tokens": int(samples["lengths"].sum()),
         "max_token": max_token,
         "paths": [str(origin.path) for origin in origins],
         "n_bad": n_bad,
