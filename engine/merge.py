@@ -20,7 +20,7 @@ from torch import Tensor
 from paralign import __version__
 from paralign.models import rules_for
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Blocks, Rule, in_blocks
+from paralign.models.weights import Views, Rule, in_blocks
 
 from . import merge_methods as methods
 from .checkpoint.manifest import MANIFEST, Digest, digest, fingerprint, read_manifest, write_manifest
@@ -233,12 +233,12 @@ class _Merged:
     def nbytes(self, rule: Rule) -> int:
         return math.prod(rule.native_shape) * self.out.itemsize
 
-    def tensors(self, rule: Rule) -> Mapping[str, Blocks]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         return {name: self._blocks(name, rule) for name in rule.hf}
 
     stored = tensors
 
-    def native(self, rule: Rule) -> Blocks:
+    def native(self, rule: Rule) -> Views:
         return rule.parts(self.read)
 
     def read(self, name: str) -> Tensor:
@@ -267,7 +267,7 @@ class _Merged:
             for parent, digests in zip(self.parents, self._digests)
         ]
 
-    def _hash(self, name: str, rule: Rule, tensors: Sequence[Blocks]) -> list[Future[Digest]]:
+    def _hash(self, name: str, rule: Rule, tensors: Sequence[Views]) -> list[Future[Digest]]:
         """Starts to hash a tensor of those parents that have no manifest, unless it has been hashed."""
         started = []
         for parent, parts, digests in zip(self.parents, tensors, self._digests):

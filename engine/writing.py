@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
 from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Blocks, Rule, bit_equal, count_parameters, in_blocks
+from paralign.models.weights import Views, Rule, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
 from .checkpoint.manifest import Digest, digest
@@ -176,8 +176,8 @@ class _Job:
         def write_file(file: str) -> None:
             digests: dict[str, Any] = {}
 
-            def tensors() -> Iterator[tuple[str, Blocks]]:
-                for rule, names in self._target.content(file):
+            def tensors() -> Iterator[tuple[str, Views]]:
+                for rule, names in self._target.content[file]:
                     if self._target.kind == "hf":
                         read = self._source.tensors(rule)
                     else:
@@ -195,7 +195,7 @@ class _Job:
         }
 
     def _passing(
-        self, name: str, rule: Rule, parts: Blocks, digests: dict[str, Any], advance: Advance
+        self, name: str, rule: Rule, parts: Views, digests: dict[str, Any], advance: Advance
     ) -> Iterator[Tensor]:
         """A tensor's blocks, checked, cast, and hashed if it is early."""
         behind, hasher = Behind(), hashlib.sha256()

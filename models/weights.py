@@ -4,7 +4,7 @@ A rule states one thing: which stretches of which Hugging Face tensors follow on
 tensor-parallel rank. Slicing (import), joining (export), shapes and verification all derive from it. Moves
 are exact, so that a round trip is bit-equal in any dtype. No model, process group or GPU is needed.
 
-A whole tensor on its way between files is `Blocks`: views that follow one another along the first dimension,
+A whole tensor on its way between files is `Views`: views that follow one another along the first dimension,
 so that nobody has to hold it in one piece.
 """
 
@@ -22,7 +22,7 @@ from .errors import WeightsError
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]  # a tensor by its Hugging Face name; best memory-mapped
-Blocks = Iterable[Tensor]  # one tensor, cut along its first dimension; or flat blocks of it
+Views = Iterable[Tensor]  # one tensor, cut along its first dimension; or flat blocks of it
 BLOCK = 2**20  # elements that work on weights takes at a time: small enough for the processor's cache
 
 
@@ -299,7 +299,7 @@ def bit_equal(left: Tensor, right: Tensor) -> bool:
     return torch.equal(*sides)
 
 
-def in_blocks(*sides: Blocks, elements: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
+def in_blocks(*sides: Views, elements: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
     """Flat pieces of at most `elements` at the same place of tensors of one size, however each is cut."""
     flat = [(part.reshape(-1) for part in side if part.numel()) for side in sides]
     rest: list[Tensor | None] = [next(parts, None) for parts in flat]

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Blocks, Shape
+from paralign.models.weights import Views, Shape
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
@@ -127,7 +127,7 @@ class CheckpointFiles:
                 file.seek(header + 26)
                 lengths = file.read(
                     4
-                )  # two bytes of the name, two of the extra: the archive's end has others
+                )  # of the name, two bytes, and of the extra: the archive's end has others
             skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             n_elements = info.file_size // plan.dtype.itemsize
             if not n_elements:
@@ -147,7 +147,7 @@ class CheckpointFileWriter:
         self.close = self._file.close
         self.stretches: dict[str, Stretch] = {}
 
-    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Blocks) -> None:
+    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Views) -> None:
         """Writes a tensor of `shape` and `dtype`; raises ValueError if the parts are another one."""
         section = _Section(self._file)
         with zipfile.ZipFile(section, "w") as archive:  # type: ignore[call-overload]

@@ -24,7 +24,7 @@ from torch import Tensor
 from paralign.models import arch_from_hf, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Blocks, Rule, Shape, check_shape
+from paralign.models.weights import Views, Rule, Shape, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..whole_file import write_whole
@@ -95,13 +95,13 @@ class HFReader:
     def nbytes(self, rule: Rule) -> int:
         return sum(self.read(name).nbytes for name in rule.hf)
 
-    def stored(self, rule: Rule) -> Mapping[str, Blocks]:
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
         return {name: [self.read(name)] for name in rule.hf}
 
-    def tensors(self, rule: Rule) -> Mapping[str, Blocks]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         return self.stored(rule)
 
-    def native(self, rule: Rule) -> Blocks:
+    def native(self, rule: Rule) -> Views:
         return rule.parts(self.read)
 
     def release(self) -> None:

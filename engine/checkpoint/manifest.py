@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Blocks, Rule, bit_equal, in_blocks
+from paralign.models.weights import Views, Rule, bit_equal, in_blocks
 
 from ..whole_file import write_whole
 from .rawfile import raw
@@ -32,7 +32,7 @@ class Digest:
     sha256: str
 
 
-def digest(shape: Sequence[int], parts: Blocks) -> Digest:
+def digest(shape: Sequence[int], parts: Views) -> Digest:
     """The digest of a tensor of `shape` on the CPU."""
     hasher = hashlib.sha256()
     name = ""
@@ -163,7 +163,7 @@ def _digests_differ(expected: Digest, found: Digest) -> str:
     return "" if expected.sha256 == found.sha256 else "other values"
 
 
-def _values_differ(left: Blocks, right: Blocks) -> str:
+def _values_differ(left: Views, right: Views) -> str:
     largest: float | None = None
     for ours, theirs in in_blocks(left, right):
         if ours.dtype != theirs.dtype:

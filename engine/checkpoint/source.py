@@ -17,7 +17,7 @@ from torch import Tensor
 from paralign.models import rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Blocks, Rule, Vocabulary
+from paralign.models.weights import Views, Rule, Vocabulary
 
 from .dcpfile import CheckpointFiles
 from .hf import HFReader, arch_of, is_native, one_dtype
@@ -49,13 +49,13 @@ class ModelSource(Protocol):
     def nbytes(self, rule: Rule) -> int:
         """Bytes of a rule's tensors, without reading them."""
 
-    def stored(self, rule: Rule) -> Mapping[str, Blocks]:
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
         """A rule's tensors under the names that they have on disk, without vocabulary padding."""
 
-    def tensors(self, rule: Rule) -> Mapping[str, Blocks]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         """A rule's tensors by Hugging Face name; read-only, they may be the file itself."""
 
-    def native(self, rule: Rule) -> Blocks:
+    def native(self, rule: Rule) -> Views:
         """The whole native tensor of a rule; read-only, it may be the file itself."""
 
     def read(self, name: str) -> Tensor:
@@ -116,13 +116,13 @@ class NativeSource:
         dtype = self._checkpoint.stored[rule.native].properties.dtype
         return math.prod(rule.native_shape) * dtype.itemsize
 
-    def native(self, rule: Rule) -> Blocks:
+    def native(self, rule: Rule) -> Views:
         return [self._whole(rule)]
 
-    def stored(self, rule: Rule) -> Mapping[str, Blocks]:
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
         return {rule.native: self.native(rule)}
 
-    def tensors(self, rule: Rule) -> Mapping[str, Blocks]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         return rule.hf_parts(self._whole(rule))
 
     def read(self, name: str) -> Tensor:

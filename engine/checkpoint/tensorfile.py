@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Blocks, Shape
+from paralign.models.weights import Views, Shape
 
 from .rawfile import MappedBytes, WriteBehind, raw
 
@@ -103,7 +103,7 @@ class TensorFileWriter:
         self._file.write(header)
         self.close = self._file.close
 
-    def write(self, name: str, parts: Blocks) -> None:
+    def write(self, name: str, parts: Views) -> None:
         """Writes a tensor of the file's dtype; raises ValueError if it is another one or of another size."""
         if name not in self.missing:
             raise ValueError(f"{name} is written twice")
