@@ -20,7 +20,7 @@ from torch import Tensor
 from paralign import __version__
 from paralign.models import rules_for
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Views, Rule, in_blocks
+from paralign.models.weights import Rule, Views, in_blocks
 
 from . import merge_methods as methods
 from .checkpoint.manifest import MANIFEST, Digest, digest, fingerprint, read_manifest, write_manifest

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
 from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Views, Rule, bit_equal, count_parameters, in_blocks
+from paralign.models.weights import Rule, Views, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
 from .checkpoint.manifest import Digest, digest

@@ -65,6 +65,26 @@ def test_megatron_has_one_door(package: str) -> None:
     assert doors <= {"mcore.py"}
 
 
+def test_the_door_to_megatron_has_no_name_that_nobody_uses() -> None:
+    door = ROOT / "models/mcore.py"
+    nodes = list(ast.walk(ast.parse(door.read_text(encoding="utf-8"))))
+    used_here = {node.id for node in nodes if isinstance(node, ast.Name)}
+    named = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron")
+        for alias in node.names
+    }
+    asked_for = {
+        name.rpartition(".")[2]
+        for package in ("models", "engine")
+        for path in _sources(package)
+        for name in _imports(path)
+        if name.startswith("paralign.models.mcore.")
+    }
+    assert named - used_here <= asked_for
+
+
 @pytest.mark.parametrize("path", _sources("engine"), ids=str)
 def test_engine_imports_downwards(path: Path) -> None:
     parts = path.relative_to(ROOT / "engine").with_suffix("").parts

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Views, Shape
+from paralign.models.weights import Shape, Views
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw

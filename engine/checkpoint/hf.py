@@ -24,7 +24,7 @@ from torch import Tensor
 from paralign.models import arch_from_hf, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Views, Rule, Shape, check_shape
+from paralign.models.weights import Rule, Shape, Views, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..whole_file import write_whole

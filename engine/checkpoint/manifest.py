@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Views, Rule, bit_equal, in_blocks
+from paralign.models.weights import Rule, Views, bit_equal, in_blocks
 
 from ..whole_file import write_whole
 from .rawfile import raw

@@ -17,7 +17,7 @@ from torch import Tensor
 from paralign.models import rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Views, Rule, Vocabulary
+from paralign.models.weights import Rule, Views, Vocabulary
 
 from .dcpfile import CheckpointFiles
 from .hf import HFReader, arch_of, is_native, one_dtype

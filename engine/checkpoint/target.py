@@ -1,7 +1,7 @@
 """A model on disk in the making: which tensor goes into which file, and one file after another.
 
-That a file is there does not say that it is whole: writing.py keeps beside it that it is. The formats stand in hf.py,
-tensorfile.py and dcpfile.py.
+That a file is there does not say that it is whole: writing.py notes that in a file next to it. The formats stand
+in hf.py, tensorfile.py and dcpfile.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paralign.models.weights import Views, Rule
+from paralign.models.weights import Rule, Views
 
 from .dcpfile import CheckpointFileWriter, Stretch, write_metadata
 from .hf import shard_plan, write_index

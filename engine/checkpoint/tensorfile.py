@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Views, Shape
+from paralign.models.weights import Shape, Views
 
 from .rawfile import MappedBytes, WriteBehind, raw
 
