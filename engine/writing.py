@@ -1,6 +1,6 @@
 """A model written file by file into a directory that appears when it is whole, and read back as proof.
 
-The work is done in `.DST.part` beside the destination; a run that was cut off goes on with the files that are
+The work is done in `.DST.part` next to the destination; a run that was cut off goes on with the files that are
 not finished. Tensors pass through in blocks: while one is read and checked, the one before is hashed and written.
 """
 
@@ -166,11 +166,9 @@ class _Job:
         self._digest_early = digest_early
 
     def finished(self, file: str) -> bool:
-        if not self._done(file).is_file():
+        if not (self._done(file).is_file() and (self._target.directory / file).is_file()):
             return False
-        if self._digest_early and not json.loads(self._done(file).read_text())["digests"]:
-            return False
-        return self._target.directory.joinpath(file).is_file()
+        return bool(self._noted(file, "digests")) or not self._digest_early
 
     def write(self, files: list[str], workers: int, advance: Advance) -> None:
         def write_file(file: str) -> None:
@@ -190,9 +188,7 @@ class _Job:
             write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
 
         over(files, write_file, workers)
-        self._target.facts = {
-            file: json.loads(self._done(file).read_text())["facts"] for file in self._target.files
-        }
+        self._target.facts = {file: self._noted(file, "facts") for file in self._target.files}
 
     def _passing(
         self, name: str, rule: Rule, parts: Views, digests: dict[str, Any], advance: Advance
@@ -240,12 +236,15 @@ class _Job:
         return {
             name: Digest(**entry)
             for file in self._target.files
-            for name, entry in json.loads(self._done(file).read_text())["digests"].items()
+            for name, entry in self._noted(file, "digests").items()
         }
 
     def clean_up(self) -> None:
         for file in self._target.files:
             self._done(file).unlink()
+
+    def _noted(self, file: str, what: str) -> Any:
+        return json.loads(self._done(file).read_text())[what]
 
     def _done(self, file: str) -> Path:
         return self._target.directory / f"{file}.done.json"

@@ -278,7 +278,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Assets:
-    """What belongs beside the weights of a run.
+    """What belongs next to the weights of a run.
 
     Attributes:
         model: directory of a model, in either form: its config.json and generation config.
@@ -296,7 +296,7 @@ class Assets:
 
 
 def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
-    """Copies what belongs beside the weights: config, generation config, tokenizer; as much as there is.
+    """Copies what belongs next to the weights: config, generation config, tokenizer; as much as there is.
 
     `config.json` keeps every key and order; only the dtype is set, under the key that the original uses.
 

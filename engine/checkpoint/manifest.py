@@ -84,7 +84,7 @@ class Difference:
 
 
 def check_against_manifest(directory: Path, *, workers: int = 1) -> list[Difference]:
-    """Reads every tensor of a model and compares it with the manifest beside it.
+    """Reads every tensor of a model and compares it with the manifest next to it.
 
     Raises:
         WeightsError, CheckpointError: the directory cannot be read at all.

@@ -82,7 +82,7 @@ def detect_format(record: object, place: str) -> RecordFormat:
 def read_record(record: object, record_format: RecordFormat, place: str) -> Conversation:
     """The conversation written in `record`, under our names of columns.
 
-    Any format may have `tools` and `system` beside its own keys; other keys are passed over.
+    Any format may have `tools` and `system` next to its own keys; other keys are passed over.
 
         messages            OpenAI's turns; content is text or a list of text parts
         sharegpt            `conversations`: turns with from and value

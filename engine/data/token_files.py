@@ -206,9 +206,9 @@ def _build(
 
 @contextmanager
 def _unfinished(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory`, to be renamed to it; removes those that killed processes have left.
+    """A directory next to `directory`, to be renamed to it; removes those that killed processes have left.
 
-    A lock beside it says that somebody is at work, and ends with its holder.
+    A lock next to it says that somebody is at work, and ends with its holder.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     for left in directory.parent.glob(f".{directory.name}.*.lock"):

@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-PROCESSOR_TEMPLATE = "chat_template.json"  # not exported: transformers refuses it beside chat_template.jinja
+PROCESSOR_TEMPLATE = "chat_template.json"  # not exported: transformers refuses it next to chat_template.jinja
 
 
 def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTokenizer:
