@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paralign.engine.checkpoint.target import HFTarget
 from paralign.models import arch_from_hf, rules_for
-from paralign.models.weights import BLOCK, Parts
+from paralign.models.weights import BLOCK, Views
 
 
 def make_directory(
@@ -74,8 +74,8 @@ def write_directory(
                 .to(dtype, copy=True)
             )
 
-    def tensors(file: str) -> Iterator[tuple[str, Parts]]:
-        for rule, names in target.content(file):
+    def tensors(file: str) -> Iterator[tuple[str, Views]]:
+        for rule, names in target.content[file]:
             for name in names:
                 yield name, random(math.prod(rule.shapes[name]))
 

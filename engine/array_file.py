@@ -1,4 +1,4 @@
-"""NumPy's files, opened for numbers only. Owns no meaning of an array."""
+"""NumPy's files, opened for numbers only."""
 
 from __future__ import annotations
 

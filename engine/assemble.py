@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from paralign.models import FAMILIES, scoring_class
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, RecipeError
 
@@ -18,13 +19,15 @@ from .build import DTYPES, Read, random_weights
 from .check import CheckReport, sources_of_columns
 from .checkpoint import store
 from .checkpoint.export import export_hf
-from .checkpoint.hf import Assets, arch_of, parse_size
+from .checkpoint.hf import Assets, Scorer, arch_of, parse_size
 from .checkpoint.native import NativeCheckpoints
 from .checkpoint.source import open_source
 from .columns import BASELINE, REFERENCE, Filler
 from .data.cache import stop_token
+from .data.epochs import Share
 from .data.loader import PackLoader
 from .data.render import template_text
+from .data.tokenizer import padding_token
 from .generate import Generations
 from .learner import Learner
 from .mesh import Mesh
@@ -41,7 +44,6 @@ from .optim import Optimizer
 from .recipe import Recipe, dump
 from .reference import MadeBy, read_or_score, weights_digest
 from .score import Baseline, KeptReference, score_answers
-from .scorer import scorer_of
 from .steps import Steps
 from .stop import Stop
 from .trainer import Course, Trainer
@@ -128,9 +130,7 @@ def build_steps(report: CheckReport, policy: Model, read: Read) -> dict[str, Ste
             cache,
             global_batch_size=train.global_batch_size,
             seed=train.seed,
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
-            micro_batch_multiple=mesh.layout.micro_batch_multiple,
+            share=Share(mesh.dp.rank, mesh.dp.size, mesh.layout.micro_batch_multiple),
             device=mesh.device,
         )
         for name, cache in report.caches.items()
@@ -204,14 +204,17 @@ def build_learner(report: CheckReport, model: Model) -> Learner:
 def assets_to_hand_on(report: CheckReport) -> Assets:
     """Config and tokenizer that belong to every checkpoint and export of the run."""
     recipe, cache = report.recipe, report.caches[TRAIN]
+    scorer = None
+    if report.arch.scalar_head:
+        ends, size = cache.last_tokens(), report.arch.vocab_size
+        pad = padding_token(recipe.tokenizer_dir, ends=ends, vocab_size=size)
+        scorer = Scorer(scoring_class(FAMILIES[report.arch.family].architectures[0]), *pad)
     learns_chats = build_objective(recipe.objective).reads is Kind.CONVERSATIONS
     return Assets(
         recipe.model.hf,
         recipe.tokenizer_dir,
         template_text(recipe.data.chat_template),
-        scorer_of(report.arch, recipe.tokenizer_dir, cache.last_tokens())
-        if report.arch.scalar_head
-        else None,
+        scorer,
         stop_token(cache) if learns_chats else None,
     )
 

@@ -1,4 +1,4 @@
-"""Whether a recipe can run: its parts against each other and against what lies on disk. Runs nothing itself.
+"""Whether a recipe can run: its parts against each other and against what lies on disk.
 
 Cheap checks come first, so that a wrong layout is told before an hour of tokenising. Needs no megatron-core
 and no GPU.
@@ -6,7 +6,6 @@ and no GPU.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .data.answers import AnswerLayout
 from .data.cache import TokenCache, build_or_open
 from .data.config import SourceConfig
 from .data.epochs import Epochs, StepStatistics, step_statistics
+from .data.tokenizer import largest_id
 from .layout import Layout, layers_of_stage, resolve, stage_rules
 from .objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from .objectives.reward import RewardConfig
@@ -122,29 +122,8 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     _check_recompute(recipe, layout, arch)
     check_backend(recipe.model, arch)
     check_installed(recipe.observe)
-    sets = data.sets
-    absent = [
-        f"data.{name.replace('/', '.')}: {source.path}"
-        for name in sets
-        for source in sets[name]
-        if not source.path.exists()
-    ]
-    if absent:
-        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
-    if recipe.model.init == "weights":
-        open_source(recipe.model.hf)
-    _check_vocabulary(_largest_id(recipe.tokenizer_dir), recipe, arch)
-
-    caches: dict[str, TokenCache] = {}
-    for name, sources in sets.items():
-        cache = caches[name] = open_set(recipe, sources, progress=progress)
-        _check_vocabulary(cache.max_token, recipe, arch)
-        if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
-            raise RecipeError(
-                f"data.{name.replace('/', '.')}: a sample of {longest:,} tokens is longer than "
-                f"max_position_embeddings {arch.max_position_embeddings:,} in {recipe.model.hf}/config.json; "
-                "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
-            )
+    _check_files(recipe, arch)
+    caches = _open_sets(recipe, arch, progress=progress)
     samples = caches["train"]
     epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed)
     steps = step_statistics(
@@ -155,15 +134,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         global_batch_size=train.global_batch_size,
     )
     total_steps = train.max_steps or epochs.first_step(train.epochs or 0)
-    if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
-        raise RecipeError(
-            f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
-            "lower lr_warmup_steps"
-        )
-    if (window := recipe.observe.profile) and window.to > total_steps:
-        raise RecipeError(
-            f"observe.profile: traces up to step {window.to}, and the run has {total_steps} steps; lower from and to"
-        )
+    _check_steps(recipe, total_steps)
     return CheckReport(
         recipe,
         arch,
@@ -213,6 +184,49 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
     )
 
 
+def _check_files(recipe: Recipe, arch: Arch) -> None:
+    """Data, weights and tokenizer are there and fit each other, as far as headers say."""
+    absent = [
+        f"data.{name.replace('/', '.')}: {source.path}"
+        for name, sources in recipe.data.sets.items()
+        for source in sources
+        if not source.path.exists()
+    ]
+    if absent:
+        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
+    if recipe.model.init == "weights":
+        open_source(recipe.model.hf)
+    _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
+
+
+def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool) -> dict[str, TokenCache]:
+    """The tokens of every set, which the model can take."""
+    caches = {}
+    for name, sources in recipe.data.sets.items():
+        cache = caches[name] = open_set(recipe, sources, progress=progress)
+        _check_vocabulary(cache.max_token, recipe, arch)
+        if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
+            raise RecipeError(
+                f"data.{name.replace('/', '.')}: a sample of {longest:,} tokens is longer than "
+                f"max_position_embeddings {arch.max_position_embeddings:,} in {recipe.model.hf}/config.json; "
+                "lower data.tokens_per_pack, or raise max_position_embeddings if the model can do more"
+            )
+    return caches
+
+
+def _check_steps(recipe: Recipe, total_steps: int) -> None:
+    """Warm-up and traces end before the run does."""
+    if (warmup := warmup_steps(recipe.optimizer, total_steps)) >= total_steps and warmup > 1:
+        raise RecipeError(
+            f"optimizer: a warm-up of {warmup} steps leaves none of the {total_steps} steps of the run; "
+            "lower lr_warmup_steps"
+        )
+    if (window := recipe.observe.profile) and window.to > total_steps:
+        raise RecipeError(
+            f"observe.profile: traces up to step {window.to}, and the run has {total_steps} steps; lower from and to"
+        )
+
+
 def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
     """Megatron reads past the last layer of a chunk where groups of layers do not divide it."""
     group = recipe.model.recompute_num_layers
@@ -226,27 +240,12 @@ def _check_recompute(recipe: Recipe, layout: Layout, arch: Arch) -> None:
             )
 
 
-def _check_vocabulary(largest_id: int, recipe: Recipe, arch: Arch) -> None:
-    if largest_id >= arch.vocab_size:
+def _check_vocabulary(id_: int, recipe: Recipe, arch: Arch) -> None:
+    if id_ >= arch.vocab_size:
         raise WeightsError(
-            f"{recipe.tokenizer_dir}: the tokenizer has token {largest_id}, but vocab_size is "
+            f"{recipe.tokenizer_dir}: the tokenizer has token {id_}, but vocab_size is "
             f"{arch.vocab_size} in {recipe.model.hf}/config.json; is this the tokenizer of this model?"
         )
-
-
-def _largest_id(tokenizer_dir: Path) -> int:
-    """From tokenizer.json; -1 where there is none, and only the tokens of the data are checked."""
-    path = tokenizer_dir / "tokenizer.json"
-    if not path.is_file():
-        return -1
-    try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = tokenizer["model"]["vocab"]
-        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
-    except (ValueError, KeyError, TypeError):
-        raise WeightsError(f"{path}: not a tokenizer of the tokenizers library; copy it again") from None
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return max([*ids, *added], default=-1)
 
 
 def _parameters_per_rank(layout: Layout, arch: Arch) -> int:

@@ -1,4 +1,4 @@
-"""Who gives which column of a pack, and in which order. Owns the arithmetic; data/ and score.py fill."""
+"""Who gives which column of a pack, and in which order; data/ and score.py fill them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From one form of a model on disk to another. Owns the directions; writing.py owns the work.
+"""From one form of a model on disk to another.
 
 Needs no process group, no GPU and no megatron-core.
 """

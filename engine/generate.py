@@ -19,7 +19,7 @@ from paralign.models.head_read import Quantity
 
 from .data.cache import TokenCache
 from .data.pack import pack_chats
-from .data.render import open_tokenizer
+from .data.tokenizer import open_tokenizer
 from .model import Model
 from .whole_file import write_whole
 

@@ -40,6 +40,13 @@ class RankEnv:
     world_size: int
     master: str
 
+    def tell_torch(self) -> None:
+        """Sets the environment variables by which torch's process group finds the other ranks."""
+        host, port = self.master.rsplit(":", 1)
+        os.environ.update(
+            MASTER_ADDR=host, MASTER_PORT=port, RANK=str(self.rank), WORLD_SIZE=str(self.world_size)
+        )
+
 
 def rank_environment(environ: Mapping[str, str] = os.environ) -> RankEnv:
     """Reads torchrun's variables, else srun's, else is a single process.

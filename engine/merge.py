@@ -1,4 +1,4 @@
-"""Several models of one shape into one, tensor by tensor. Owns the configuration and the card, no formula.
+"""Several models of one shape into one, tensor by tensor; the formulas stand in merge_methods.py.
 
 The configuration has MergeKit's vocabulary, so that its files run here as they are, as long as they merge
 whole models: no slices, no gradients of values, no other tokenizer than the parents'.
@@ -7,7 +7,6 @@ whole models: no slices, no gradients of values, no other tokenizer than the par
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,13 +20,14 @@ from torch import Tensor
 from paralign import __version__
 from paralign.models import rules_for
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Parts, Rule, in_blocks
+from paralign.models.weights import Rule, Views, in_blocks
 
 from . import merge_methods as methods
 from .checkpoint.manifest import MANIFEST, Digest, digest, fingerprint, read_manifest, write_manifest
 from .checkpoint.source import ModelSource, open_source
 from .config import Section, decode
 from .convert import state_of
+from .data.tokenizer import vocabulary
 from .recipe_file import dump_yaml, load_recipe_file
 from .writing import Kind, Report, WriteOptions, dtype_named, refuse_unless_empty, write_model
 
@@ -233,12 +233,12 @@ class _Merged:
     def nbytes(self, rule: Rule) -> int:
         return math.prod(rule.native_shape) * self.out.itemsize
 
-    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         return {name: self._blocks(name, rule) for name in rule.hf}
 
     stored = tensors
 
-    def native(self, rule: Rule) -> Parts:
+    def native(self, rule: Rule) -> Views:
         return rule.parts(self.read)
 
     def read(self, name: str) -> Tensor:
@@ -267,7 +267,7 @@ class _Merged:
             for parent, digests in zip(self.parents, self._digests)
         ]
 
-    def _hash(self, name: str, rule: Rule, tensors: Sequence[Parts]) -> list[Future[Digest]]:
+    def _hash(self, name: str, rule: Rule, tensors: Sequence[Views]) -> list[Future[Digest]]:
         """Starts to hash a tensor of those parents that have no manifest, unless it has been hashed."""
         started = []
         for parent, parts, digests in zip(self.parents, tensors, self._digests):
@@ -335,24 +335,12 @@ def _refuse_unlike(left: ModelSource, right: ModelSource) -> None:
             f"{left.directory} and {right.directory} differ in {', '.join(unlike)} of config.json; "
             "only models of one architecture can be merged"
         )
-    ours_of, theirs_of = _vocabulary(left.assets), _vocabulary(right.assets)
+    ours_of, theirs_of = vocabulary(left.assets), vocabulary(right.assets)
     if ours_of is not None and theirs_of is not None and ours_of != theirs_of:
         raise WeightsError(
             f"{left.directory} and {right.directory} have different tokenizers: one token would mean two things; "
             "merge models of one tokenizer"
         )
-
-
-def _vocabulary(assets: Path) -> object:
-    """Tokens and their numbers, comparable; None where there is no tokenizer."""
-    fast, sentencepiece = assets / "tokenizer.json", assets / "tokenizer.model"
-    if fast.is_file():
-        content = json.loads(fast.read_text(encoding="utf-8"))
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return "tokenizers", content.get("model", {}).get("vocab"), added
-    if sentencepiece.is_file():
-        return "sentencepiece", hashlib.sha256(sentencepiece.read_bytes()).hexdigest()
-    return None
 
 
 def _card(config: MergeConfig, text: str, parents: Sequence[ModelSource], prints: Sequence[str]) -> str:

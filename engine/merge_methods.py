@@ -1,4 +1,4 @@
-"""The arithmetic of merging one tensor of several models. Owns formulas, no files and no configuration.
+"""The arithmetic of merging one tensor of several models.
 
 Every method is a pass that finds statistics of whole tensors, where it has any, and an elementwise pass in
 blocks, in fp32. It yields the result in flat blocks of dtype `out`; a block's memory is used again for the one

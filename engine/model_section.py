@@ -1,4 +1,4 @@
-"""The `model:` section of a recipe. Owns the keys; build.py makes the model of them."""
+"""The `model:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class ModelConfig(Section):
         recompute_method: `uniform` recomputes every recompute_num_layers layers together, `block` only the
             first recompute_num_layers layers of each chunk.
         recompute_num_layers: see recompute_method.
-        kernels: `auto` uses the fused kernels where they are built and torch elsewhere, `reference` takes torch's
-            operations, but for the head's log-probabilities, and adds up weight gradients as torch does, `required`
-            refuses to start without them.
+        kernels: `auto` uses the fused kernels where they are built and torch elsewhere, `reference` is plain torch
+            everywhere except the head's log-probabilities, `required` refuses to start without fused kernels.
         attention_backend: `flash` is the flash-attn package, `varlen` torch's variable-length attention, `sdpa` one
             call of torch's scaled-dot-product attention for each segment; `auto` the first of them that serves.
         deterministic: the same numbers in every run, at some cost.

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW on Megatron's distributed optimizer. Owns its construction, its step and two mends."""
+"""The optimizer: AdamW on Megatron's distributed optimizer, and two mends that make it resumable."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from paralign.models.mcore import (
     DistributedDataParallel,
     DistributedOptimizer,
+    build_optimizer,
     clip_grad_by_total_norm_fp32,
-    get_megatron_optimizer,
 )
 from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 
@@ -47,10 +47,14 @@ class _StatePerParameter(DistributedOptimizer):
 class _WeightsWrittenByTheUpdate(_StatePerParameter):
     """The same over `FusedAdamW`, which writes the model's weights in the pass that updates the main ones."""
 
+    def __init__(self, adamw: torch.optim.AdamW, *arguments: Any, **options: Any) -> None:
+        super().__init__(FusedAdamW(adamw.param_groups), *arguments, **options)
+        self.optimizer.model_shards = self._model_shards()
+
     def _copy_main_params_to_model_params(self) -> None:
         """Nothing is left to copy."""
 
-    def model_shards(self) -> dict[Tensor, Tensor]:
+    def _model_shards(self) -> dict[Tensor, Tensor]:
         """For each fp32 main parameter that is a copy, the part of the model's weight buffer it stands for."""
         shards = {}
         for mains, weights in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups):
@@ -145,7 +149,8 @@ class Optimizer:
         self.chunks = list(chunks)
         self.config = config
         self.fused = fused = fused or config.optimizer_cpu_offload
-        self.megatron = get_megatron_optimizer(
+        self.megatron = build_optimizer(
+            _WeightsWrittenByTheUpdate if fused else _StatePerParameter,
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
@@ -163,11 +168,6 @@ class Optimizer:
         )
         for part in self.megatron.chained_optimizers:
             _allocate_state(part.optimizer, config.optimizer_cpu_offload * config.optimizer_offload_fraction)
-            if fused:
-                part.__class__, part.optimizer.__class__ = _WeightsWrittenByTheUpdate, FusedAdamW
-                part.optimizer.model_shards = part.model_shards()
-            else:
-                part.__class__ = _StatePerParameter
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of a reference model, computed once and kept beside the tokens. Owns their files and keys.
+"""Log-probabilities of a reference model, computed once and kept next to the tokens.
 
     <cache of the data set>/reference-<weights>.npz            of every answer, good for any pack plan or layout
                             mismatched-<weights>-<steps>.npz   of mismatched answers, in the order of the steps
@@ -83,16 +83,23 @@ def read_or_score(
         DataError: a file that was made by other weights, data or template.
     """
     found: dict[str, StoredReference] = {}
+
+    def score_all(loader: PackLoader) -> np.ndarray:
+        return score(loader.every_answer(), loader.cache.n_all_answers)
+
+    def score_mismatched(loader: PackLoader, n_steps: int) -> np.ndarray:
+        return score(map(loader.mismatched, range(n_steps)), loader.answers_before(n_steps))
+
     for name, loader in loaders.items():
         directory = loader.cache.directory
         mine = MadeBy(made_by.weights, samples_key(directory), made_by.template)
         path = directory / f"reference-{mine.weights[:16]}.npz"
-        values, mismatched = _stored(path, mine, mesh, partial(_score_all, score, loader)), None
+        values, mismatched = _stored(path, mine, mesh, partial(score_all, loader)), None
         if loader.needs_mismatched:
-            steps = range(total_steps if name == "train" else loader.epochs.first_step(1))
-            key = hashlib.sha256(f"{loader.fingerprint} {len(steps)}".encode()).hexdigest()[:16]
+            n_steps = total_steps if name == "train" else loader.epochs.first_step(1)
+            key = hashlib.sha256(f"{loader.fingerprint} {n_steps}".encode()).hexdigest()[:16]
             path = directory / f"mismatched-{mine.weights[:16]}-{key}.npz"
-            mismatched = _stored(path, mine, mesh, partial(_score_mismatched, score, loader, steps))
+            mismatched = _stored(path, mine, mesh, partial(score_mismatched, loader, n_steps))
         on_device = [None if v is None else torch.from_numpy(v).to(mesh.device) for v in (values, mismatched)]
         found[name] = StoredReference(*on_device)
     return found
@@ -116,14 +123,6 @@ def read_reference(path: Path, mine: MadeBy) -> np.ndarray:
             "and they are computed anew"
         )
     return values
-
-
-def _score_all(score: Score, loader: PackLoader) -> np.ndarray:
-    return score(loader.every_answer(), loader.cache.n_all_answers)
-
-
-def _score_mismatched(score: Score, loader: PackLoader, steps: range) -> np.ndarray:
-    return score(map(loader.mismatched, steps), loader.answers_before(len(steps)))
 
 
 def _stored(path: Path, mine: MadeBy, mesh: Mesh, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rewards for a file of conversations: a reward model over every record, as JSONL. Owns no training.
+"""Rewards for a file of conversations: a reward model over every record, as JSONL.
 
 One process by itself, or the ranks of `torchrun -m paralign.engine.cli score â€¦` at a layout.
 """
@@ -6,7 +6,6 @@ One process by itself, or the ranks of `torchrun -m paralign.engine.cli score â€
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .checkpoint.hf import HFReader
 from .data.answers import AnswerLayout, Group, chat
 from .data.config import ChatTemplate, SourceConfig
 from .data.encode import Rendering, encode_record
-from .data.epochs import deal
+from .data.epochs import Share
 from .data.packing import plan_packs
 from .data.render import template_text
 from .data.sources import read_records, record_format
@@ -74,11 +73,11 @@ def _read(
     """Each conversation as one answer to its first token: a reward is read at its end."""
     source = SourceConfig(path=data, name=data.stem, format="auto")
     renderer = Rendering(model, template_text(chat_template), "all").open()
-    stated = record_format(source)
+    reading = record_format(source)
     lines: list[int] = []
     groups: list[Group] = []
     for record in read_records(data):
-        tokens = encode_record(record, source, stated, renderer).tokens
+        ((tokens, _),), _ = encode_record(record, source, reading, renderer)
         if not 2 <= len(tokens) <= tokens_per_pack:
             raise DataError(
                 f"{data}:{record.line}: {len(tokens):,} tokens; expected 2 to tokens_per_pack {tokens_per_pack:,}"
@@ -113,8 +112,7 @@ def _score(
     answer_layout = AnswerLayout(frozenset(), Head.SCALAR, share_prefix=False)
     lengths = np.array([1 + len(group.answers[0].tokens) for group in groups])
     plan = plan_packs(lengths, tokens_per_pack, seed=0, epoch=0)
-    host, port = env.master.rsplit(":", 1)
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    env.tell_torch()
     with (
         open_world(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=30),
         open_mesh(layout, local_rank=env.local_rank, seed=0) as mesh,
@@ -123,16 +121,8 @@ def _score(
         model = Model.open(reader.arch, mesh, section, reader.read)
 
         def steps() -> Iterator[list[Any]]:
-            at_once = PACKS_PER_RANK * layout.dp * multiple
-            for first in range(0, len(plan), at_once):
-                packs = [plan.pack(i) for i in range(first, min(first + at_once, len(plan)))]
-                mine = deal(
-                    packs,
-                    lengths,
-                    dp_rank=mesh.dp.rank,
-                    dp_size=layout.dp,
-                    micro_batch_multiple=layout.micro_batch_multiple,
-                )
+            share = Share(mesh.dp.rank, mesh.dp.size, layout.micro_batch_multiple)
+            for mine in share.of_plan(plan, lengths, PACKS_PER_RANK * layout.dp * multiple):
                 yield [
                     pack_groups([groups[k] for k in ids], tokens_per_pack, mesh.device, answer_layout)
                     for ids in mine

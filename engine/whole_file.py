@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all, after a kill and after a power cut. Owns no format.
+"""Files and directories that are there whole or not at all, after a kill and after a power cut.
 
 What is to be there is written under another name, brought to the disk, and renamed. Disks keep neither a file's
 bytes nor a directory's names in order by themselves: without fsync a rename can outlive the bytes it stands for.
@@ -31,6 +31,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
     sync(path.parent)
+
+
+def name_directory(finished: Path, directory: Path) -> None:
+    """Give a finished directory its name, which nothing has, or an empty directory; OSError otherwise."""
+    sync_tree(finished)
+    os.replace(finished, directory)
+    sync(directory.parent)
 
 
 def replace_directory(finished: Path, directory: Path) -> None:

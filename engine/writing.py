@@ -1,6 +1,6 @@
-"""A model written file by file into a directory that appears when it is whole. Owns work, resuming, proof.
+"""A model written file by file into a directory that appears when it is whole, and read back as proof.
 
-The work is done in `.DST.part` beside the destination; a run that was cut off goes on with the files that are
+The work is done in `.DST.part` next to the destination; a run that was cut off goes on with the files that are
 not finished. Tensors pass through in blocks: while one is read and checked, the one before is hashed and written.
 """
 
@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
 from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Parts, Rule, bit_equal, count_parameters, in_blocks
+from paralign.models.weights import Rule, Views, bit_equal, count_parameters, in_blocks
 
 from .checkpoint.hf import Assets, copy_assets, parse_size
 from .checkpoint.manifest import Digest, digest
@@ -33,9 +32,10 @@ from .checkpoint.rawfile import Behind, raw
 from .checkpoint.source import ModelSource, open_source
 from .checkpoint.target import HFTarget, NativeTarget, Target
 from .checkpoint.workers import Advance, ByteBar, over
-from .whole_file import sync, sync_tree, write_whole
+from .whole_file import name_directory, write_whole
 
 Kind = Literal["hf", "native"]
+TARGETS: dict[Kind, type[HFTarget] | type[NativeTarget]] = {"hf": HFTarget, "native": NativeTarget}
 PLAN = "plan.json"
 HELD_BYTES = 2**28  # of files may be in memory for each worker before they are let go of
 
@@ -122,8 +122,7 @@ def write_model(
     shard_bytes = parse_size(options.max_shard_size)
     plan = {"kind": options.kind, "dtype": str(options.dtype), "shards": shard_bytes, **identity}
     with _unfinished(dst, plan) as part:
-        make: type[HFTarget] | type[NativeTarget] = HFTarget if options.kind == "hf" else NativeTarget
-        target = make(part, source.rules, dtype=options.dtype, max_shard_bytes=shard_bytes)
+        target = TARGETS[options.kind](part, source.rules, dtype=options.dtype, max_shard_bytes=shard_bytes)
         job = _Job(source, target, options.dtype, digest_early=not options.verify)
         files = [file for file in target.files if not job.finished(file)]
         done = target.tensor_bytes - sum(map(target.file_bytes, files))
@@ -131,15 +130,8 @@ def write_model(
         with ByteBar(shown=options.progress) as bar:
             began = time.monotonic()
             advance = bar.task("writing", total=target.tensor_bytes, done=done)
-            try:
+            with _disk_may_fill(dst):
                 job.write(files, options.workers, advance)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise CheckpointError(
-                    f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
-                    "options: it goes on where it was"
-                ) from None
             target.finish()
             dtype = str(options.dtype).removeprefix("torch.")
             copy_assets(Assets(source.assets, source.assets), target.assets, dtype=dtype)
@@ -174,18 +166,16 @@ class _Job:
         self._digest_early = digest_early
 
     def finished(self, file: str) -> bool:
-        if not self._done(file).is_file():
+        if not (self._done(file).is_file() and (self._target.directory / file).is_file()):
             return False
-        if self._digest_early and not json.loads(self._done(file).read_text())["digests"]:
-            return False
-        return self._target.directory.joinpath(file).is_file()
+        return bool(self._noted(file, "digests")) or not self._digest_early
 
     def write(self, files: list[str], workers: int, advance: Advance) -> None:
         def write_file(file: str) -> None:
             digests: dict[str, Any] = {}
 
-            def tensors() -> Iterator[tuple[str, Parts]]:
-                for rule, names in self._target.content(file):
+            def tensors() -> Iterator[tuple[str, Views]]:
+                for rule, names in self._target.content[file]:
                     if self._target.kind == "hf":
                         read = self._source.tensors(rule)
                     else:
@@ -198,12 +188,10 @@ class _Job:
             write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
 
         over(files, write_file, workers)
-        self._target.facts = {
-            file: json.loads(self._done(file).read_text())["facts"] for file in self._target.files
-        }
+        self._target.facts = {file: self._noted(file, "facts") for file in self._target.files}
 
     def _passing(
-        self, name: str, rule: Rule, parts: Parts, digests: dict[str, Any], advance: Advance
+        self, name: str, rule: Rule, parts: Views, digests: dict[str, Any], advance: Advance
     ) -> Iterator[Tensor]:
         """A tensor's blocks, checked, cast, and hashed if it is early."""
         behind, hasher = Behind(), hashlib.sha256()
@@ -248,12 +236,15 @@ class _Job:
         return {
             name: Digest(**entry)
             for file in self._target.files
-            for name, entry in json.loads(self._done(file).read_text())["digests"].items()
+            for name, entry in self._noted(file, "digests").items()
         }
 
     def clean_up(self) -> None:
         for file in self._target.files:
             self._done(file).unlink()
+
+    def _noted(self, file: str, what: str) -> Any:
+        return json.loads(self._done(file).read_text())[what]
 
     def _done(self, file: str) -> Path:
         return self._target.directory / f"{file}.done.json"
@@ -310,11 +301,22 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(part)
                 raise
             saved.unlink()
-            sync_tree(part)
-            os.replace(part, dst)  # which is empty, or not there
-            sync(dst.parent)
+            name_directory(part, dst)
         finally:
             part.with_suffix(".lock").unlink()
+
+
+@contextmanager
+def _disk_may_fill(dst: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise CheckpointError(
+            f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
+            "options: it goes on where it was"
+        ) from None
 
 
 def _refuse_without_room(dst: Path, needed: int) -> None:

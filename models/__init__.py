@@ -1,4 +1,4 @@
-"""Decoders: shape facts, weight rules and forward passes. This file owns the table of families.
+"""Decoders: shape facts, weight rules and forward passes; here is the table of families.
 
 Importing it costs torch and nothing else; what needs megatron-core is imported from its own module.
 """

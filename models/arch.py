@@ -1,4 +1,4 @@
-"""Shape facts of a decoder, read from a Hugging Face `config.json`. Owns no tensor names and no weights.
+"""Shape facts of a decoder, read from a Hugging Face `config.json`.
 
 A key that would make our forward pass differ from Hugging Face's is refused, never ignored. What an absent key
 means there stands in `Family.defaults`, and is filled in before anything is read here. Messages start with
@@ -93,20 +93,12 @@ class Arch:
         return self.num_layers * 2 * self.num_attention_heads * self.kv_channels * effective_length
 
 
-def read_arch(
-    config: Mapping[str, Any],
-    *,
-    family: str,
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
-    alibi: bool = False,
-    normalised_head: bool = False,
-) -> Arch:
+def read_arch(config: Mapping[str, Any], *, family: str, qkv_bias: bool = False, **features: bool) -> Arch:
     """Reads the keys that every Llama-shaped decoder has, in the style of transformers 4 or 5.
 
     Args:
         config: the parsed `config.json`, with the family's defaults for absent keys.
-        family, qkv_bias, qk_norm, alibi, normalised_head: passed on to `Arch`.
+        family, qkv_bias, features: passed on to `Arch`: qk_norm, alibi, normalised_head.
 
     Raises:
         WeightsError: a key is missing or malformed, or asks for what the forward pass does not do.
@@ -127,7 +119,6 @@ def read_arch(
             f"config.json head_dim: absent, and num_attention_heads = {heads} "
             f"does not divide hidden_size = {hidden_size}"
         )
-    max_positions = _whole(config, "max_position_embeddings")
     rope_theta, rope_scaling = _read_rope(config)
     return Arch(
         family=family,
@@ -143,11 +134,9 @@ def read_arch(
         rope_scaling=rope_scaling,
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=_whole(config, "max_position_embeddings"),
         dtype=_read_dtype(config),
-        qk_norm=qk_norm,
-        alibi=alibi,
-        normalised_head=normalised_head,
+        **features,
     )
 
 

@@ -1,4 +1,4 @@
-"""The Baichuan2 family (7B, 13B): its config and its table of weights. Owns no forward pass.
+"""The Baichuan2 family (7B, 13B): its config and its table of weights.
 
 It differs from Llama in W_pack, which holds q, k and v as one tensor, and in NormHead, which divides the rows
 of the output weight by their norm. 7B has rotary positions, 13B has ALiBi and says so by having no

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config is read and which rules its weights follow. Owns no family."""
+"""What a family of models is: how its config is read and which rules its weights follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lets megatron-core run where there is no CUDA. Owns one import hook; torch itself is never touched.
+"""Lets megatron-core run where there is no CUDA, by one import hook; torch itself is never touched.
 
 megatron-core names CUDA at some four hundred places: `torch.cuda.current_device()`, `device="cuda"`,
 `.cuda()`, pinned memory. Where CUDA is absent, `install()` puts a finder before Python's own that rewrites
@@ -32,29 +32,17 @@ _PACKAGE = "megatron.core"
 _HOST_NAME = "__paralign_host__"
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    del args, kwargs
+
+
 class _Stream:
     """A stream or event of a device that does everything at once."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        del args, kwargs
-
-    def wait_stream(self, stream: Any) -> None:
-        del stream
-
-    def wait_event(self, event: Any) -> None:
-        del event
-
-    def wait(self, stream: Any = None) -> None:
-        del stream
-
-    def record(self, stream: Any = None) -> None:
-        del stream
+    __init__ = wait_stream = wait_event = wait = record = synchronize = _nothing
 
     def record_event(self, event: Any = None) -> Any:
         return event or _Stream()
-
-    def synchronize(self) -> None:
-        pass
 
     def query(self) -> bool:
         return True
@@ -83,10 +71,6 @@ def _get_rng_state(device: Any = None) -> torch.Tensor:
 def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
     del device
     torch.set_rng_state(new_state)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    del args, kwargs
 
 
 def _null_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""One decoder layer, with the residual addition before its second norm done by that norm. Owns no weights."""
+"""One decoder layer, with the residual addition before its second norm done by that norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Llama family (1 to 3.3): its config and its table of weights. Owns no forward pass."""
+"""The Llama family (1 to 3.3): its config and its table of weights."""
 
 from __future__ import annotations
 

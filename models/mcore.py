@@ -1,8 +1,9 @@
 """The only door to megatron-core: installs the host hook, then names the parts in use. Nobody else imports it."""
 
+# ruff: noqa: F401  (the names are for others)
+
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from . import host, weight_gradient
@@ -13,7 +14,7 @@ weight_gradient.install()
 with warnings.catch_warnings():
     # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
     warnings.simplefilter("ignore")
-    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.distributed import (
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -54,57 +55,27 @@ TorchDistSaveShardedStrategy = torch_strategies.TorchDistSaveShardedStrategy
 class TorchDistLoadShardedStrategy(torch_strategies.TorchDistLoadShardedStrategy):
     """megatron-core's, with a reader of the caller's: megatron-core makes one by a function of its own module."""
 
-    def __init__(self, reader: Callable[[Any], Any]) -> None:
+    def __init__(self, reader: Any) -> None:
         super().__init__()
         self._reader = reader
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         """See megatron-core."""
         theirs = torch_strategies._get_filesystem_reader
-        torch_strategies._get_filesystem_reader = lambda directory, *_, **__: self._reader(directory)
+        torch_strategies._get_filesystem_reader = lambda *_, **__: self._reader
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
         finally:
             torch_strategies._get_filesystem_reader = theirs
 
 
-__all__ = [
-    "MLP",
-    "ON_HOST",
-    "AsyncCallsQueue",
-    "AttnMaskType",
-    "ColumnParallelLinear",
-    "DistributedDataParallel",
-    "DistributedDataParallelConfig",
-    "DistributedOptimizer",
-    "IdentityOp",
-    "LanguageModelEmbedding",
-    "LanguageModule",
-    "MLPSubmodules",
-    "MegatronModule",
-    "ModelType",
-    "ModuleSpec",
-    "OptimizerConfig",
-    "PackedSeqParams",
-    "ProcessGroupCollection",
-    "RowParallelLinear",
-    "SelfAttention",
-    "SelfAttentionSubmodules",
-    "TorchDistLoadShardedStrategy",
-    "TorchDistSaveShardedStrategy",
-    "TransformerBlock",
-    "TransformerBlockSubmodules",
-    "TransformerConfig",
-    "TransformerLayer",
-    "TransformerLayerSubmodules",
-    "build_module",
-    "clip_grad_by_total_norm_fp32",
-    "dist_checkpointing",
-    "finalize_model_grads",
-    "get_forward_backward_func",
-    "get_megatron_optimizer",
-    "get_num_layers_to_build",
-    "make_sharded_tensors_for_checkpoint",
-    "parallel_state",
-    "tensor_parallel",
-]
+def build_optimizer(
+    kind: type[DistributedOptimizer], config: OptimizerConfig, chunks: list[DistributedDataParallel]
+) -> Any:
+    """megatron-core's optimizer of the chunks, made of `kind`: it names the class in its own module."""
+    theirs = optimizer.DistributedOptimizer
+    optimizer.DistributedOptimizer = kind
+    try:
+        return optimizer.get_megatron_optimizer(config, chunks)
+    finally:
+        optimizer.DistributedOptimizer = theirs

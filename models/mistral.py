@@ -1,4 +1,4 @@
-"""The dense Mistral family: Llama's weights, and a sliding window that must be off. Owns no forward pass."""
+"""The dense Mistral family: Llama's weights, and a sliding window that must be off."""
 
 from __future__ import annotations
 

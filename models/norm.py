@@ -1,4 +1,4 @@
-"""RMSNorm that sequence parallelism can use. Owns the module; its operations are handed in."""
+"""RMSNorm that sequence parallelism can use. Its operations are handed in."""
 
 from __future__ import annotations
 

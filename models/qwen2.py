@@ -1,4 +1,4 @@
-"""The Qwen2 and Qwen2.5 family: Llama with biases on q, k and v. Owns no forward pass."""
+"""The Qwen2 and Qwen2.5 family: Llama with biases on q, k and v."""
 
 from __future__ import annotations
 

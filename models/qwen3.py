@@ -1,4 +1,4 @@
-"""The dense Qwen3 family: Llama with norms of each query and key head. Owns no forward pass."""
+"""The dense Qwen3 family: Llama with norms of each query and key head."""
 
 from __future__ import annotations
 

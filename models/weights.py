@@ -1,10 +1,10 @@
-"""Rules that say how Hugging Face tensors become native ones. Owns the moves, not the files or families.
+"""Rules that say how Hugging Face tensors become native ones.
 
 A rule states one thing: which stretches of which Hugging Face tensors follow one another in the share of a
 tensor-parallel rank. Slicing (import), joining (export), shapes and verification all derive from it. Moves
 are exact, so that a round trip is bit-equal in any dtype. No model, process group or GPU is needed.
 
-A whole tensor on its way between files is `Parts`: views that follow one another along the first dimension,
+A whole tensor on its way between files is `Views`: views that follow one another along the first dimension,
 so that nobody has to hold it in one piece.
 """
 
@@ -22,7 +22,7 @@ from .errors import WeightsError
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]  # a tensor by its Hugging Face name; best memory-mapped
-Parts = Iterable[Tensor]  # one tensor, cut along its first dimension; or flat blocks of it
+Views = Iterable[Tensor]  # one tensor, cut along its first dimension; or flat blocks of it
 BLOCK = 2**20  # elements that work on weights takes at a time: small enough for the processor's cache
 
 
@@ -86,19 +86,22 @@ class Rule:
         Raises:
             WeightsError: a tensor has another shape than the rule says, or `tp_size` does not divide it.
         """
-        parts = self._views(read, tp_rank, tp_size)
+        parts = self.parts(read, tp_rank, tp_size)
         missing = self._extent(tp_size) - sum(part.shape[self._dim] for part in parts)
         if missing:
             parts.append(parts[0].new_zeros(_resized(parts[0].shape, self._dim, missing)))
         return torch.cat(parts, self._dim)
 
-    def parts(self, read: Read) -> list[Tensor]:
-        """The whole native tensor, without padding, as views of what was read.
+    def parts(self, read: Read, tp_rank: int = 0, tp_size: int = 1) -> list[Tensor]:
+        """The share of one rank, without padding, as views of what was read; by default the whole native tensor.
 
         Raises:
             WeightsError: a tensor has another shape than the rule says.
         """
-        return self._views(read, 0, 1)
+        sources = [read(name) for name in self.hf]
+        for name, source, expected in zip(self.hf, sources, self.hf_shapes):
+            check_shape(name, source.shape, expected)
+        return [sources[i].narrow(self._dim, a, b - a) for i, a, b in self.pieces(tp_rank, tp_size)]
 
     def hf_parts(self, native: Tensor) -> dict[str, list[Tensor]]:
         """The inverse of `parts`: Hugging Face tensors by name, as views of the whole native tensor.
@@ -108,10 +111,8 @@ class Rule:
         """
         check_shape(self.native, native.shape, self.native_shape)
         found: list[list[tuple[int, Tensor]]] = [[] for _ in self.hf]
-        at = 0
-        for source, start, stop in self.pieces(0, 1):
-            found[source].append((start, native.detach().narrow(self._dim, at, stop - start)))
-            at += stop - start
+        for source, start, view in self._placed(native, 0, 1):
+            found[source].append((start, view))
         ordered = [sorted(views, key=lambda view: view[0]) for views in found]
         return {name: [view for _, view in views] for name, views in zip(self.hf, ordered)}
 
@@ -138,12 +139,8 @@ class Rule:
             return {name: views[0] if len(views) == 1 else torch.cat(views) for name, views in found.items()}
         joined = [shards[0].new_empty(shape) for shape in self.hf_shapes]
         for tp_rank, shard in enumerate(shards):
-            at = 0
-            for source, start, stop in self.pieces(tp_rank, tp_size):
-                length = stop - start
-                part = shard.detach().narrow(self._dim, at, length)
-                joined[source].narrow(self._dim, start, length).copy_(part)
-                at += length
+            for source, start, view in self._placed(shard, tp_rank, tp_size):
+                joined[source].narrow(self._dim, start, view.shape[self._dim]).copy_(view)
         return dict(zip(self.hf, joined))
 
     @property
@@ -151,11 +148,12 @@ class Rule:
         """Shape of each tensor, whole and without padding, under its name in either form."""
         return {self.native: self.native_shape, **dict(zip(self.hf, self.hf_shapes))}
 
-    def _views(self, read: Read, tp_rank: int, tp_size: int) -> list[Tensor]:
-        sources = [read(name) for name in self.hf]
-        for name, source, expected in zip(self.hf, sources, self.hf_shapes):
-            check_shape(name, source.shape, expected)
-        return [sources[i].narrow(self._dim, a, b - a) for i, a, b in self.pieces(tp_rank, tp_size)]
+    def _placed(self, share: Tensor, tp_rank: int, tp_size: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Views of a share: index into `hf`, where the view begins in that tensor, the view."""
+        at = 0
+        for source, start, stop in self.pieces(tp_rank, tp_size):
+            yield source, start, share.detach().narrow(self._dim, at, stop - start)
+            at += stop - start
 
     @property
     def _dim(self) -> int:
@@ -301,7 +299,7 @@ def bit_equal(left: Tensor, right: Tensor) -> bool:
     return torch.equal(*sides)
 
 
-def in_blocks(*sides: Parts, elements: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
+def in_blocks(*sides: Views, elements: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
     """Flat pieces of at most `elements` at the same place of tensors of one size, however each is cut."""
     flat = [(part.reshape(-1) for part in side if part.numel()) for side in sides]
     rest: list[Tensor | None] = [next(parts, None) for parts in flat]

@@ -6,6 +6,7 @@ python -m paralign.tools.recipe_reference
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -34,6 +35,8 @@ def _lines(section: type[Section], place: str, told: set[type[Section]]) -> Iter
                 label += f": {get_args(child.model_fields['name'].annotation)[0]}"
             inner.append((child, label))
         described = meaning(section, key)
+        if found:
+            described = _linked(described, [label for _, label in inner[-len(found) :]])
         default = "" if "Default: " in described else _default(field)
         rows.append(f"| `{key}` | {default} | {_text(described, field)} |")
     if place:
@@ -47,6 +50,15 @@ def _lines(section: type[Section], place: str, told: set[type[Section]]) -> Iter
     for child, label in inner:
         if child not in told:  # a source is the same in train and validation
             yield from _lines(child, f"{label}.", told)
+
+
+def _linked(described: str, headings: list[str]) -> str:
+    """What is said of a section, with a link to the heading of its table, or to those of all that may stand there."""
+    anchors = [re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings]
+    if len(headings) == 1:
+        return re.sub(r"the (\w+ )?section", rf"[\g<0>](#{anchors[0]})", described, count=1)
+    names = [heading.split(": ")[-1] for heading in headings]
+    return f"{described}: {', '.join(f'[{name}](#{anchor})' for name, anchor in zip(names, anchors))}"
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
@@ -74,7 +86,7 @@ def _text(described: str, field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "needed"
+        return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Section):
         return "see below"

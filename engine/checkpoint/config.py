@@ -1,4 +1,4 @@
-"""The `checkpoint:` section of a recipe. Owns its keys, not the saving."""
+"""The `checkpoint:` section of a recipe."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Files of torch's distributed checkpoints: tensors read one at a time, and written one after another.
 
-Owns the format, not what the tensors mean. Training saves and loads through megatron-core (native.py); this
-reads and writes the same files where there is no process group.
+Training saves and loads through megatron-core (native.py); this reads and writes the same files where there is no
+process group.
 
 Each tensor is an archive of its own as `torch.save` makes it: a zip, not compressed, of a pickle that says
 dtype and shape, and of the bytes. `torch.load` and `torch.save` copy them several times, so it is read and
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Parts, Shape
+from paralign.models.weights import Shape, Views
 
 from ..whole_file import write_whole
 from .rawfile import MappedBytes, WriteBehind, raw
@@ -127,7 +127,7 @@ class CheckpointFiles:
                 file.seek(header + 26)
                 lengths = file.read(
                     4
-                )  # two bytes of the name, two of the extra: the archive's end has others
+                )  # of the name, two bytes, and of the extra: the archive's end has others
             skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             n_elements = info.file_size // plan.dtype.itemsize
             if not n_elements:
@@ -147,7 +147,7 @@ class CheckpointFileWriter:
         self.close = self._file.close
         self.stretches: dict[str, Stretch] = {}
 
-    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Parts) -> None:
+    def write(self, name: str, shape: Shape, dtype: torch.dtype, parts: Views) -> None:
         """Writes a tensor of `shape` and `dtype`; raises ValueError if the parts are another one."""
         section = _Section(self._file)
         with zipfile.ZipFile(section, "w") as archive:  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""From the model in training to a Hugging Face directory. Owns the order of writing; hf.py owns the files."""
+"""From the model in training to a Hugging Face directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories: reading by slices, writing by shards. Owns files and names, not the weight rules.
+"""Hugging Face directories: reading by slices, writing by shards.
 
 Everything is checked when a directory is opened, from headers and file sizes, so that a run never dies of a
 bad shard after its queue time. Writing needs no collective: which tensor goes into which file is a pure
@@ -24,24 +24,15 @@ from torch import Tensor
 from paralign.models import arch_from_hf, rules_for
 from paralign.models.arch import Arch
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Rule, Shape, check_shape
+from paralign.models.weights import Rule, Shape, Views, check_shape
 
+from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..whole_file import write_whole
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def is_native(directory: Path) -> bool:
@@ -65,19 +56,19 @@ def arch_of(directory: Path) -> Arch:
 
 
 class HFReader:
-    """A model's tensors by Hugging Face name, lazily; every check is done when it is made.
+    """A Hugging Face directory as a `ModelSource`; every check is done when it is made.
 
-    Attributes:
-        arch: shape facts from `config.json`.
-        rules: the family's rules; `rule.slice(reader.read, tp_rank, tp_size)` reads what a rank owns.
-        files: those with the weights.
+    `rule.slice(reader.read, tp_rank, tp_size)` reads the share of a rank.
 
     Raises:
         WeightsError: an unknown model; a missing or truncated file; an index that disagrees with the files;
             a tensor that is missing, unknown, of another shape, or quantised.
     """
 
+    kind = "hf"
+
     def __init__(self, directory: Path) -> None:
+        self.directory = self.assets = directory
         self.arch = arch_of(directory)
         self.rules = rules_for(self.arch)
         self._files: dict[str, MappedFile] = {}
@@ -97,10 +88,34 @@ class HFReader:
         """The whole tensor, memory-mapped, in the dtype of the file: slice it to read only the slice."""
         return self._files[name][name]
 
+    def dtype(self) -> torch.dtype:
+        found = {self.read(name).dtype: name for rule in self.rules for name in rule.hf}
+        return one_dtype(found, self.directory, WeightsError)
+
+    def nbytes(self, rule: Rule) -> int:
+        return sum(self.read(name).nbytes for name in rule.hf)
+
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
+        return {name: [self.read(name)] for name in rule.hf}
+
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
+        return self.stored(rule)
+
+    def native(self, rule: Rule) -> Views:
+        return rule.parts(self.read)
+
     def release(self) -> None:
         """Drops the pages that reading has brought into memory."""
         for file in set(self._files.values()):
             file.release()
+
+
+def one_dtype(dtypes: Mapping[torch.dtype, str], directory: Path, error: type[Exception]) -> torch.dtype:
+    """The only key of `dtypes`, each with a tensor that has it; raises `error` if there are several."""
+    if len(dtypes) > 1:
+        examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise error(f"{directory}: its weights are of several dtypes: {examples}; choose one with --dtype")
+    return next(iter(dtypes))
 
 
 @dataclass(frozen=True)
@@ -263,7 +278,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Assets:
-    """What belongs beside the weights of a run.
+    """What belongs next to the weights of a run.
 
     Attributes:
         model: directory of a model, in either form: its config.json and generation config.
@@ -281,7 +296,7 @@ class Assets:
 
 
 def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
-    """Copies what belongs beside the weights: config, generation config, tokenizer; as much as there is.
+    """Copies what belongs next to the weights: config, generation config, tokenizer; as much as there is.
 
     `config.json` keeps every key and order; only the dtype is set, under the key that the original uses.
 
@@ -300,7 +315,7 @@ def copy_assets(assets: Assets, directory: Path, *, dtype: str) -> None:
     _write_json(directory / "config.json", config | (scorer.config() if scorer else {}))
     for source, name in [
         (model, "generation_config.json"),
-        *((assets.tokenizer, name) for name in TOKENIZER_FILES),
+        *((assets.tokenizer, name) for name in TOKENIZER_FILES if name != PROCESSOR_TEMPLATE),
     ]:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -1,4 +1,4 @@
-"""manifest.json: name, shape, dtype and SHA-256 of every tensor of a model on disk. Owns checking by it.
+"""manifest.json: name, shape, dtype and SHA-256 of every tensor of a model on disk, and checks by it.
 
 The digests are of the tensors' bytes, little-endian and contiguous, so that they do not depend on shards.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Parts, Rule, bit_equal, in_blocks
+from paralign.models.weights import Rule, Views, bit_equal, in_blocks
 
 from ..whole_file import write_whole
 from .rawfile import raw
@@ -32,7 +32,7 @@ class Digest:
     sha256: str
 
 
-def digest(shape: Sequence[int], parts: Parts) -> Digest:
+def digest(shape: Sequence[int], parts: Views) -> Digest:
     """The digest of a tensor of `shape` on the CPU."""
     hasher = hashlib.sha256()
     name = ""
@@ -83,8 +83,8 @@ class Difference:
     what: str
 
 
-def check_against_manifest(directory: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
-    """Reads every tensor of a model and compares it with the manifest beside it; shows a bar if `progress`.
+def check_against_manifest(directory: Path, *, workers: int = 1) -> list[Difference]:
+    """Reads every tensor of a model and compares it with the manifest next to it.
 
     Raises:
         WeightsError, CheckpointError: the directory cannot be read at all.
@@ -102,15 +102,13 @@ def check_against_manifest(directory: Path, *, workers: int = 1, progress: bool 
         source.release()
         return found
 
-    differences = _over_rules(check, source, workers, progress)
+    differences = _over_rules(check, source, workers)
     held = {name for rule in source.rules for name in (rule.hf if source.kind == "hf" else (rule.native,))}
     return differences + [Difference(name, "missing") for name in expected if name not in held]
 
 
-def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True) -> list[Difference]:
+def compare(left: Path, right: Path, *, workers: int = 1) -> list[Difference]:
     """Compares two models bit by bit under their Hugging Face names; each may be of either kind.
-
-    Shows a bar if `progress`.
 
     Raises:
         WeightsError, CheckpointError: a directory cannot be read at all.
@@ -136,7 +134,7 @@ def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True)
         theirs.release()
         return found
 
-    differences = _over_rules(check, ours, workers, progress)
+    differences = _over_rules(check, ours, workers)
     here = {name for rule in ours.rules for name in rule.hf}
     return differences + [
         Difference(name, f"only in {right}") for rule in theirs.rules for name in rule.hf if name not in here
@@ -144,9 +142,9 @@ def compare(left: Path, right: Path, *, workers: int = 1, progress: bool = True)
 
 
 def _over_rules(
-    check: Callable[[Rule], list[Difference]], source: ModelSource, workers: int, progress: bool
+    check: Callable[[Rule], list[Difference]], source: ModelSource, workers: int
 ) -> list[Difference]:
-    with ByteBar(shown=progress) as bar:
+    with ByteBar(shown=True) as bar:
         advance = bar.task("verifying", total=sum(map(source.nbytes, source.rules)))
 
         def checked(rule: Rule) -> list[Difference]:
@@ -165,7 +163,7 @@ def _digests_differ(expected: Digest, found: Digest) -> str:
     return "" if expected.sha256 == found.sha256 else "other values"
 
 
-def _values_differ(left: Parts, right: Parts) -> str:
+def _values_differ(left: Views, right: Views) -> str:
     largest: float | None = None
     for ours, theirs in in_blocks(left, right):
         if ours.dtype != theirs.dtype:

@@ -1,6 +1,6 @@
 """Training state through megatron-core's sharded checkpoints: any layout saves, any layout loads.
 
-Owns what is saved and that it appears whole or not at all; store.py owns the directories.
+It appears whole or not at all; where checkpoints lie stands in store.py.
 """
 
 from __future__ import annotations
@@ -138,10 +138,11 @@ class NativeCheckpoints:
             raise CheckpointError(
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
-        refuse_more_than_tensors(directory)
+        reader = MetadataReader(directory)
+        refuse_more_than_tensors(reader)
         with weights_only():
             state = dist_checkpointing.load(
-                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(MetadataReader)
+                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(reader)
             )
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])

@@ -1,4 +1,4 @@
-"""Bytes of a file: mapped into memory to be read, and written by threads of their own. Owns no format."""
+"""Bytes of a file: mapped into memory to be read, and written by threads of their own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class Behind:
-    """Calls made in their order by a thread of their own; at most one is not done when `submit` returns."""
+    """Runs calls in order on one thread; `submit` waits until the previous call has finished."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -59,7 +59,7 @@ class Behind:
 
 
 class WriteBehind:
-    """A file that is written while its writer reads on: what is given must not change until after the next write.
+    """Writes a file in the background. Do not reuse a buffer until the next `write` has returned.
 
     Another thread flushes every 256 MB, so that the disk works all the time and not only at the end. It is file
     enough for `zipfile`.

@@ -1,4 +1,4 @@
-"""A model on disk, whichever way it is kept: one rule's tensors at a time. Owns no file format.
+"""A model on disk, whichever way it is kept: one rule's tensors at a time.
 
 A directory with `.metadata` is a native checkpoint, whose config and tokenizer are in `hf/`; any other is a
 Hugging Face directory.
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from paralign.models import rules_for
 from paralign.models.arch import Arch
-from paralign.models.errors import CheckpointError, WeightsError
-from paralign.models.weights import Parts, Rule, Vocabulary
+from paralign.models.errors import CheckpointError
+from paralign.models.weights import Rule, Views, Vocabulary
 
 from .dcpfile import CheckpointFiles
-from .hf import HFReader, arch_of, is_native
+from .hf import HFReader, arch_of, is_native, one_dtype
 from .unpickle import METADATA
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -49,13 +49,13 @@ class ModelSource(Protocol):
     def nbytes(self, rule: Rule) -> int:
         """Bytes of a rule's tensors, without reading them."""
 
-    def stored(self, rule: Rule) -> Mapping[str, Parts]:
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
         """A rule's tensors under the names that they have on disk, without vocabulary padding."""
 
-    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         """A rule's tensors by Hugging Face name; read-only, they may be the file itself."""
 
-    def native(self, rule: Rule) -> Parts:
+    def native(self, rule: Rule) -> Views:
         """The whole native tensor of a rule; read-only, it may be the file itself."""
 
     def read(self, name: str) -> Tensor:
@@ -63,39 +63,6 @@ class ModelSource(Protocol):
 
     def release(self) -> None:
         """Drops the pages of the files that reading has brought into memory."""
-
-
-class HFSource:
-    """A Hugging Face directory. Raises WeightsError as `HFReader` does."""
-
-    kind = "hf"
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = self.assets = directory
-        self._reader = HFReader(directory)
-        self.files = self._reader.files
-        self.arch, self.rules = self._reader.arch, self._reader.rules
-        self.read = self._reader.read
-        self.release = self._reader.release
-
-    def dtype(self) -> torch.dtype:
-        return _only(
-            {self.read(name).dtype: name for rule in self.rules for name in rule.hf},
-            self.directory,
-            WeightsError,
-        )
-
-    def nbytes(self, rule: Rule) -> int:
-        return sum(self.read(name).nbytes for name in rule.hf)
-
-    def stored(self, rule: Rule) -> Mapping[str, Parts]:
-        return {name: [self.read(name)] for name in rule.hf}
-
-    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
-        return self.stored(rule)
-
-    def native(self, rule: Rule) -> Parts:
-        return rule.parts(self.read)
 
 
 class NativeSource:
@@ -142,23 +109,20 @@ class NativeSource:
 
     def dtype(self) -> torch.dtype:
         stored = self._checkpoint.stored
-        return _only(
-            {stored[rule.native].properties.dtype: rule.native for rule in self.rules},
-            self.directory,
-            CheckpointError,
-        )
+        found = {stored[rule.native].properties.dtype: rule.native for rule in self.rules}
+        return one_dtype(found, self.directory, CheckpointError)
 
     def nbytes(self, rule: Rule) -> int:
         dtype = self._checkpoint.stored[rule.native].properties.dtype
         return math.prod(rule.native_shape) * dtype.itemsize
 
-    def native(self, rule: Rule) -> Parts:
+    def native(self, rule: Rule) -> Views:
         return [self._whole(rule)]
 
-    def stored(self, rule: Rule) -> Mapping[str, Parts]:
+    def stored(self, rule: Rule) -> Mapping[str, Views]:
         return {rule.native: self.native(rule)}
 
-    def tensors(self, rule: Rule) -> Mapping[str, Parts]:
+    def tensors(self, rule: Rule) -> Mapping[str, Views]:
         return rule.hf_parts(self._whole(rule))
 
     def read(self, name: str) -> Tensor:
@@ -185,11 +149,4 @@ def open_source(directory: Path) -> ModelSource:
     """
     if is_native(directory) or sorted(directory.glob("iter_*")):
         return NativeSource(directory)
-    return HFSource(directory)
-
-
-def _only(dtypes: Mapping[torch.dtype, str], directory: Path, error: type[Exception]) -> torch.dtype:
-    if len(dtypes) > 1:
-        examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-        raise error(f"{directory}: its weights are of several dtypes: {examples}; choose one with --dtype")
-    return next(iter(dtypes))
+    return HFReader(directory)

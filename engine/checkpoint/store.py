@@ -1,4 +1,4 @@
-"""Where checkpoints lie: names, the tracker file, completeness, rotation. Owns directories, not their content.
+"""Where checkpoints lie: names, the tracker file, completeness, rotation.
 
 <run_dir>/checkpoints/iter_0000100/                 complete: it got its name by a rename, at the very end
                       iter_0000200.part/            being written, or left by a run that died

@@ -1,4 +1,4 @@
-"""One safetensors file: its header, its tensors, writing in any order. Owns the format, not the directory.
+"""One safetensors file: its header, its tensors, writing in any order.
 
 The format is 8 bytes of header length, a JSON header, then the tensors' bytes without holes. It is read and
 written here, and not by the safetensors package, for two reasons: a directory is checked by its headers
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paralign.models.errors import WeightsError
-from paralign.models.weights import Parts, Shape
+from paralign.models.weights import Shape, Views
 
 from .rawfile import MappedBytes, WriteBehind, raw
 
@@ -103,7 +103,7 @@ class TensorFileWriter:
         self._file.write(header)
         self.close = self._file.close
 
-    def write(self, name: str, parts: Parts) -> None:
+    def write(self, name: str, parts: Views) -> None:
         """Writes a tensor of the file's dtype; raises ValueError if it is another one or of another size."""
         if name not in self.missing:
             raise ValueError(f"{name} is written twice")

@@ -1,4 +1,4 @@
-"""Pickles in checkpoints, opened for tensors and plain values only. Owns what is allowed, not the format.
+"""Pickles in checkpoints, opened for tensors and plain values only.
 
 A pickle is a program: it calls what it can name, and changes what it has named. Here every name leads to a stand-in
 that can do nothing, and what comes out is looked at field by field before torch's own records are made of it.
@@ -86,13 +86,13 @@ def read_metadata(directory: Path) -> Metadata:
         raise unreadable(f"{path}: cannot be read", error) from None
 
 
-def refuse_more_than_tensors(directory: Path) -> None:
+def refuse_more_than_tensors(reader: MetadataReader) -> None:
     """Opens what else megatron-core is about to open of a training state, for an error that says what is wrong.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds more than tensors and plain values.
     """
-    found = read_metadata(directory)
+    found, directory = reader.read_metadata(), Path(reader.path)
     path = directory / BACKEND
     try:
         if json.loads(path.read_text())["sharded_backend"] != "torch_dist":
@@ -158,25 +158,10 @@ class _Record(metaclass=_Inert):
         self.fields = state
 
 
-class _Whole(_Record): ...
-
-
-class _Index(_Record): ...
-
-
-class _Place(_Record): ...
-
-
-class _Objects(_Record): ...
-
-
-class _Tensors(_Record): ...
-
-
-class _Properties(_Record): ...
-
-
-class _Chunk(_Record): ...
+_Whole, _Index, _Place, _Objects, _Tensors, _Properties, _Chunk = (
+    _Inert(f"_{name}", (_Record,), {})
+    for name in ("Whole", "Index", "Place", "Objects", "Tensors", "Properties", "Chunk")
+)
 
 
 def inert(function: Callable[..., Any]) -> Any:
@@ -275,7 +260,7 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _fields(record: Any, kind: type[_Record]) -> dict[str, Any]:
+def _fields(record: Any, kind: type) -> dict[str, Any]:
     return _checked(_checked(record, kind).fields, dict)
 
 

@@ -1,4 +1,4 @@
-"""Work on many tensors or files at once, and the bar that shows how far it is. Owns threads, no tensors."""
+"""Work on many tensors or files at once, and the bar that shows how far it is."""
 
 from __future__ import annotations
 

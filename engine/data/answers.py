@@ -1,4 +1,4 @@
-"""What is packed: prompts with their answers, and how many rows they take. Owns no tensor; pack.py makes the packs.
+"""What is packed: prompts with their answers, and how many rows they take.
 
 A chat is a prompt of one token with one answer: nothing stands before its first token, so that is never learned.
 """
@@ -75,9 +75,8 @@ class AnswerLayout:
     def rows(self, prompt_length: np.ndarray, n_answers: np.ndarray, answer_tokens: np.ndarray) -> np.ndarray:
         """Rows of each group: its prompt's length, its answers, the tokens of all of them; int64."""
         if self.share_prefix:
-            return (
-                prompt_length + answer_tokens + n_answers - 1
-            )  # later answers repeat the prompt's last token
+            # Later answers repeat the prompt's last token.
+            return prompt_length + answer_tokens + n_answers - 1
         return prompt_length * n_answers + answer_tokens
 
 

@@ -1,4 +1,4 @@
-"""The samples of a set: which answers form one, and which samples are kept. Owns the selection, not the files.
+"""The samples of a set: which answers form one, and which samples are kept.
 
 N answers on disk, G samples.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,19 +28,13 @@ class TokenCache:
     """The samples to train on, each a prompt with its answers: those on disk, less the too long and the idle.
 
     A chat is a sample of one answer. Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it
-    again. N answers on disk, G samples.
+    again. G samples.
 
     Attributes:
         directory, origins, config: what it was opened with; `origins` are the sources of this set.
         layout: how samples are laid out in packs, which decides how many rows they take.
         score_range: lowest and highest score in the data, or None if scores are not read.
-        has_answers: samples are prompts with answers, not chats.
-        fingerprint: names content, selection and weights; equal ones have equal samples under equal ids, and equal
-            epochs.
-        tokens: int32, memory-mapped, the answers end to end, each behind its prompt.
-        weights: float32, memory-mapped, what each token counts in the loss; 0 where it is not learned.
-        starts, ends: int64 (N,), where each answer begins, prompt included, and ends.
-        answers: of ANSWER (N,), what is known of each besides.
+        stored: the answers of all samples on disk, and what was left out when they were read.
         members: int64, the answers of all samples, end to end.
         first_member, n_answers: int64 (G,), where the answers of each sample begin in `members`, and how many.
         lengths: int64 (G,), rows of each sample, at most `tokens_per_pack`.
@@ -48,10 +43,7 @@ class TokenCache:
             those of the first, with its prompt where that is learned too.
         sources: int32 (G,), index into `origins`.
         lines: int64 (G,), the line each sample begins at; of a table, its row.
-        max_token: largest token id of the cache; the model's vocabulary must be larger.
         n_dropped, n_truncated, n_skipped: samples too long (dropped, cut) and with nothing to learn.
-        n_bad: for each source, the records that could not be read or rendered and were left out.
-        first_bad: what was wrong with the first of them; empty if there is none.
     """
 
     directory: Path
@@ -59,13 +51,7 @@ class TokenCache:
     config: DataConfig
     layout: AnswerLayout
     score_range: tuple[float, float] | None
-    has_answers: bool
-    fingerprint: str
-    tokens: np.ndarray
-    weights: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    answers: np.ndarray
+    stored: StoredAnswers
     members: np.ndarray
     first_member: np.ndarray
     n_answers: np.ndarray
@@ -74,12 +60,29 @@ class TokenCache:
     token_weights: np.ndarray
     sources: np.ndarray
     lines: np.ndarray
-    max_token: int
-    n_dropped: int
-    n_truncated: int
-    n_skipped: int
-    n_bad: tuple[int, ...]
-    first_bad: str
+    n_dropped: int = 0
+    n_truncated: int = 0
+    n_skipped: int = 0
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.stored.tokens
+
+    @property
+    def max_token(self) -> int:
+        return self.stored.max_token
+
+    @property
+    def has_answers(self) -> bool:
+        return self.stored.has_answers
+
+    @property
+    def n_bad(self) -> tuple[int, ...]:
+        return self.stored.n_bad
+
+    @property
+    def first_bad(self) -> str:
+        return self.stored.first_bad
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,18 +91,32 @@ class TokenCache:
         return TokenCache.open, (self.directory, self.origins, self.config, self.layout, self.score_range)
 
     @property
+    def fingerprint(self) -> str:
+        """Names content, selection and weights: equal ones have equal samples under equal ids, and equal epochs.
+
+        Running jobs were saved with it: not to be changed for the same samples in the same packs.
+        """
+        config, weights = self.config, [origin.weight for origin in self.origins]
+        selection: list[object] = [samples_key(self.directory), config.tokens_per_pack, config.too_long]
+        if self.has_answers:
+            selection += [weights, self.layout.share_prefix, Column.PAIR in self.layout.needs]
+        else:
+            selection += [config.nothing_to_learn, weights]
+        return hashlib.sha256(" ".join(map(str, selection)).encode()).hexdigest()[:32]
+
+    @property
     def n_all_answers(self) -> int:
         """Answers on disk, those of samples left out too: one more than the largest answer id."""
-        return len(self.starts)
+        return len(self.stored.starts)
 
     @cached_property
     def n_tokens(self) -> np.ndarray:
         """int64 (G,), tokens of each sample's answers, the prompt counted with each."""
-        return np.add.reduceat((self.ends - self.starts)[self.members], self.first_member)
+        return np.add.reduceat(self.stored.lengths[self.members], self.first_member)
 
     def last_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
-        return frozenset(np.unique(self.tokens[self.ends - 1]).tolist())
+        return frozenset(np.unique(self.tokens[self.stored.starts + self.stored.lengths - 1]).tolist())
 
     def place(self, id_: int) -> str:
         """file:line of one sample."""
@@ -109,19 +126,19 @@ class TokenCache:
         """One sample; its tokens are views of the file."""
         first = self.first_member[id_]
         members = self.members[first : first + self.n_answers[id_]]
-        about = self.answers[members]
-        start, n_prompt = self.starts[members[0]], int(about["prompt"][0])
+        stored, about = self.stored, self.stored.answers[members]
+        starts, n_prompt = stored.starts[members], int(about["prompt"][0])
         return Group(
-            prompt=self.tokens[start : start + n_prompt],
+            prompt=stored.tokens[starts[0] : starts[0] + n_prompt],
             answers=tuple(
                 Answer(
-                    tokens=self.tokens[self.starts[i] + n_prompt : self.ends[i]],
-                    weights=self.weights[self.starts[i] + n_prompt : self.ends[i]],
+                    tokens=stored.tokens[start + n_prompt : start + length],
+                    weights=stored.weights[start + n_prompt : start + length],
                     id=int(i),
                     desirable=bool(row["desirable"]),
                     score=self._normalised(float(row["score"])),
                 )
-                for i, row in zip(members, about)
+                for i, start, length, row in zip(members, starts, stored.lengths[members], about)
             ),
             margin=float(about["margin"][0]),
         )
@@ -154,85 +171,53 @@ class TokenCache:
         _check_answers(stored, origins, layout, score_range)
         limit = config.tokens_per_pack
         members, first_member = _grouped(stored, layout, limit)
-        n_answers = np.diff(np.concatenate((first_member, [len(members)])))
-        firsts = members[first_member]
-        sources, lines = stored.sources[firsts], stored.lines[firsts]
+        columns = _columns(stored, layout, members, first_member)
+        every = cls(directory, tuple(origins), config, layout, score_range, stored, members, **columns)
+        long = every.lengths > limit
+        if config.too_long == "truncate":  # chats only: a sample is an answer
+            stored.cut(np.flatnonzero(long), limit)
+            columns = _columns(stored, layout, members, first_member)
+            every = replace(every, **columns, n_truncated=_count(long))
+        fits = every.lengths <= limit
+        idle = fits & (every.n_loss == 0)
+        every._check(long, idle)
+        kept = {name: column[fits & ~idle] for name, column in columns.items()}
+        return replace(every, **kept, n_dropped=_count(~fits), n_skipped=_count(idle))
 
-        def per_sample(values: np.ndarray) -> np.ndarray:
-            return np.add.reduceat(values[members], first_member) if len(members) else values[:0]
+    def _check(self, long: np.ndarray, idle: np.ndarray) -> None:
+        """Raises DataError for samples that `config` does not want, and for a source of which none is left.
+
+        Args:
+            long, idle: bool (G,), longer than a pack, before any was cut; in one, with nothing to learn.
+        """
+        config, limit = self.config, self.config.tokens_per_pack
 
         def first(which: np.ndarray) -> str:
             i = int(np.flatnonzero(which)[0])
-            what = "rows for a prompt and its answers" if stored.has_answers else "tokens"
-            return f"{origins[sources[i]].path}:{lines[i]}: {lengths[i]:,} {what}"
+            what = "rows for a prompt and its answers" if self.has_answers else "tokens"
+            return f"{self.place(i)}: {self.lengths[i]:,} {what}"
 
-        answer_tokens = stored.lengths - stored.answers["prompt"]
-        lengths = layout.rows(stored.answers["prompt"][firsts], n_answers, per_sample(answer_tokens))
-        long = lengths > limit
         if long.any() and config.too_long == "error":
-            remedy = "drop" if stored.has_answers else "drop or truncate"
+            remedy = "drop" if self.has_answers else "drop or truncate"
+            longer = "1 sample is" if _count(long) == 1 else f"{_count(long):,} samples are"
             raise DataError(
-                f"{first(long)}; tokens_per_pack is {limit:,} and {_samples(long)} longer; "
+                f"{first(long)}; tokens_per_pack is {limit:,} and {longer} longer; "
                 f"raise tokens_per_pack, or set too_long: {remedy}"
             )
-        keep = ~long
-        if config.too_long == "truncate":  # chats only: a sample is an answer
-            stored.cut(np.flatnonzero(long), limit)
-            keep[:], lengths = True, np.minimum(lengths, limit)
-        n_loss, token_weights = per_sample(stored.n_loss), stored.token_weights[firsts]
-        if layout.labels_prompts:
-            token_weights = (stored.lengths[firsts] - 1).astype(np.float64)
-        barren = keep & (n_loss == 0)
-        if barren.any() and config.nothing_to_learn == "error":
+        if idle.any() and config.nothing_to_learn == "error":
             raise DataError(
-                f"{first(barren)}, none of them to be learned (no assistant turn, or it was cut off), like "
-                f"{_count(barren):,} in all; mend them, or set nothing_to_learn: skip"
+                f"{first(idle)}, none of them to be learned (no assistant turn, or it was cut off), like "
+                f"{_count(idle):,} in all; mend them, or set nothing_to_learn: skip"
             )
-        n_truncated, n_dropped = _count(keep & long), _count(~keep)
-        keep &= ~barren
-        for index, origin in enumerate(origins):
-            here = sources == index
-            if origin.weight and not (keep & here).any():
+        kept = (self.lengths <= limit) & ~idle
+        for index, origin in enumerate(self.origins):
+            here = self.sources == index
+            if origin.weight and not (kept & here).any():
                 raise DataError(
                     f"{origin.path}: no sample is left: {_count(here & long)} longer than {limit:,} tokens, "
-                    f"{_count(here & barren)} with nothing to learn, {stored.n_bad[index]:,} that cannot be read"
-                    + (f", the first of all: {stored.first_bad}" if stored.first_bad else "")
+                    f"{_count(here & idle)} with nothing to learn, {self.n_bad[index]:,} that cannot be read"
+                    + (f", the first of all: {self.first_bad}" if self.first_bad else "")
                 )
-        # What running jobs were saved with: not to be changed for the same samples in the same packs.
-        selection = [samples_key(directory), limit, config.too_long]
-        weights = [origin.weight for origin in origins]
-        if stored.has_answers:
-            selection += [weights, layout.share_prefix, Column.PAIR in layout.needs]
-        else:
-            selection += [config.nothing_to_learn, weights]
-        return cls(
-            directory=directory,
-            origins=tuple(origins),
-            config=config,
-            layout=layout,
-            score_range=score_range,
-            has_answers=stored.has_answers,
-            fingerprint=hashlib.sha256(" ".join(map(str, selection)).encode()).hexdigest()[:32],
-            tokens=stored.tokens,
-            weights=stored.weights,
-            starts=stored.starts,
-            ends=stored.starts + stored.lengths,
-            answers=stored.answers,
-            members=members,
-            first_member=first_member[keep],
-            n_answers=n_answers[keep],
-            lengths=lengths[keep],
-            n_loss=n_loss[keep],
-            token_weights=token_weights[keep],
-            sources=sources[keep],
-            lines=lines[keep],
-            max_token=stored.max_token,
-            n_dropped=n_dropped,
-            n_truncated=n_truncated,
-            n_skipped=_count(barren),
-            n_bad=stored.n_bad,
-            first_bad=stored.first_bad,
-        )
 
     def _normalised(self, score: float) -> float:
         if self.score_range is None:
@@ -267,12 +252,12 @@ def build_or_open(
     return TokenCache.open(directory, opened, config, layout, score_range)
 
 
-def stop_token(cache: TokenCache, *, n_samples: int = 1000) -> int | None:
+def stop_token(cache: TokenCache) -> int | None:
     """The id that ends most answers of the first samples; None where whole texts are learned, not answers."""
     if cache.config.loss_on == "all":
         return None
     ends: Counter[int] = Counter()
-    for i in range(min(n_samples, len(cache))):
+    for i in range(min(1000, len(cache))):
         answer = cache.group(i).answers[0]
         ends[int(answer.tokens[np.flatnonzero(answer.weights)[-1]])] += 1
     (token, count), *_ = ends.most_common(1)
@@ -300,6 +285,28 @@ def _check_answers(
             f"{', '.join(str(origin.path) for origin in origins)}: every label is "
             f"{str(bool(answers['desirable'][0])).lower()}; expected good answers and bad ones"
         )
+
+
+def _columns(
+    stored: StoredAnswers, layout: AnswerLayout, members: np.ndarray, first_member: np.ndarray
+) -> dict[str, Any]:
+    """The columns of TokenCache for every sample on disk, whether it is to be kept or not."""
+    n_answers = np.diff(np.concatenate((first_member, [len(members)])))
+    firsts, prompts = members[first_member], stored.answers["prompt"]
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values[members], first_member) if len(members) else values[:0]
+
+    with_prompt = (stored.lengths[firsts] - 1).astype(np.float64)
+    return {
+        "first_member": first_member,
+        "n_answers": n_answers,
+        "lengths": layout.rows(prompts[firsts], n_answers, summed(stored.lengths - prompts)),
+        "n_loss": summed(stored.n_loss),
+        "token_weights": with_prompt if layout.labels_prompts else stored.token_weights[firsts],
+        "sources": stored.sources[firsts],
+        "lines": stored.lines[firsts],
+    }
 
 
 def _grouped(stored: StoredAnswers, layout: AnswerLayout, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -339,8 +346,3 @@ def _by_prompt(stored: StoredAnswers, layout: AnswerLayout, limit: int) -> tuple
 
 def _count(which: np.ndarray) -> int:
     return int(np.count_nonzero(which))
-
-
-def _samples(which: np.ndarray) -> str:
-    n = _count(which)
-    return "1 sample is" if n == 1 else f"{n:,} samples are"

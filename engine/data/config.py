@@ -1,4 +1,4 @@
-"""The `data:` section of a recipe. Owns its keys and their ranges, not what is done with them."""
+"""The `data:` section of a recipe."""
 
 from __future__ import annotations
 

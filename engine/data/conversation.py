@@ -1,4 +1,4 @@
-"""A conversation, and how a record becomes one. Owns the formats of records and the order of turns, not files."""
+"""A conversation: the formats of its record, and the order of its turns."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def detect_format(record: object, place: str) -> RecordFormat:
 def read_record(record: object, record_format: RecordFormat, place: str) -> Conversation:
     """The conversation written in `record`, under our names of columns.
 
-    Any format may have `tools` and `system` beside its own keys; other keys are passed over.
+    Any format may have `tools` and `system` next to its own keys; other keys are passed over.
 
         messages            OpenAI's turns; content is text or a list of text parts
         sharegpt            `conversations`: turns with from and value
@@ -100,10 +100,7 @@ def read_record(record: object, record_format: RecordFormat, place: str) -> Conv
             "expected one format per file; split the file"
         )
     fields = cast(Mapping[str, Any], record)
-    system: tuple[Message, ...] = ()
-    if fields.get("system"):
-        system = (Message("system", text(fields["system"], f"{place} system")),)
-    n_context = 0
+    prompt: tuple[Message, ...] = ()
     if record_format == "messages":
         turns = read_turns(fields["messages"], f"{place} messages")
     elif record_format == "sharegpt":
@@ -111,12 +108,25 @@ def read_record(record: object, record_format: RecordFormat, place: str) -> Conv
     elif record_format == "alpaca":
         turns = _from_alpaca(fields, place)
     else:
-        prompt = _text_or_turns(fields["prompt"], "user", f"{place} prompt")
-        turns = prompt + _text_or_turns(fields["completion"], "assistant", f"{place} completion")
-        n_context = len(system) + len(prompt)
-    tools = read_tools(fields.get("tools"), f"{place} tools")
-    conversation = Conversation(system + turns, place, tools, n_context)
-    check_order(conversation)
+        prompt = text_or_turns(fields["prompt"], "user", f"{place} prompt")
+        turns = text_or_turns(fields["completion"], "assistant", f"{place} completion")
+    return conversation_of(fields, prompt, turns, place)
+
+
+def conversation_of(
+    record: Mapping[str, Any], prompt: tuple[Message, ...], turns: tuple[Message, ...], place: str
+) -> Conversation:
+    """Turns behind those of a prompt, which are never learned, with the record's `system` and `tools`.
+
+    Raises:
+        DataError: turns in an order that no template may be trusted to refuse.
+    """
+    if record.get("system"):
+        system = Message("system", text(record["system"], f"{place} system"))
+        prompt, turns = ((system, *prompt), turns) if prompt else ((), (system, *turns))
+    tools = read_tools(record.get("tools"), f"{place} tools")
+    conversation = Conversation(prompt + turns, place, tools, n_context=len(prompt))
+    _check_order(conversation)
     return conversation
 
 
@@ -138,14 +148,14 @@ def _from_alpaca(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _text_or_turns(value: object, role: Literal["user", "assistant"], place: str) -> tuple[Message, ...]:
+def text_or_turns(value: object, role: Literal["user", "assistant"], place: str) -> tuple[Message, ...]:
+    """Text is one turn of `role`; else a turn or a list of turns."""
     if isinstance(value, str):
         return (Message(role, value),)
     return (read_turn(value, place),) if isinstance(value, Mapping) else read_turns(value, place)
 
 
-def check_order(conversation: Conversation) -> None:
-    """The rules that no template may be trusted to enforce."""
+def _check_order(conversation: Conversation) -> None:
     messages, place = conversation.messages, conversation.place
     calling = False  # whether tool turns may follow
     for i, message in enumerate(messages):

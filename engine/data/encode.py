@@ -1,4 +1,4 @@
-"""Renders and tokenises sources in worker processes. Owns the stream of samples and rows of ANSWER, not storage."""
+"""Renders and tokenises sources in worker processes: a stream of samples, in order."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from paralign.models.errors import DataError
 
 from ..batch import Kind
 from .config import LossOn, SourceConfig
-from .conversation import RecordFormat, read_record, rename
+from .conversation import read_record, rename
 from .preference import Preference, read_preference
 from .render import Rendered, Renderer
-from .sources import decode, read_records
+from .sources import Reading, decode, read_records
 from .tables import Record
 
 CHUNK_BYTES = 1 << 20  # a task of some tenths of a second
@@ -47,14 +47,12 @@ class Rendering:
 
     Attributes:
         skip_bad: leave out records that cannot be read or rendered, and count them.
-        kind: what records are read as.
     """
 
     tokenizer_dir: Path
     template: str | None
     loss_on: LossOn
     skip_bad: bool = False
-    kind: Kind = Kind.CONVERSATIONS
 
     def open(self) -> Renderer:
         """The renderer, which does not travel between processes."""
@@ -67,7 +65,7 @@ class Chunk:
 
     source: SourceConfig
     index: int
-    record_format: RecordFormat
+    reading: Reading
     records: tuple[Record, ...]
 
 
@@ -97,17 +95,20 @@ class Encoded:
 
 
 def encode_sources(
-    sources: Sequence[SourceConfig], formats: Sequence[RecordFormat], rendering: Rendering, workers: int
+    sources: Sequence[SourceConfig], readings: Sequence[Reading], rendering: Rendering, workers: int
 ) -> Iterator[Encoded]:
     """Every record of `sources`, in order whatever the number of workers (0: one for each core).
 
     The first chunk is encoded here: a wrong template or a small file needs no process.
 
+    Args:
+        readings: how each source's records are read.
+
     Raises:
         DataError: a record that cannot be used, unless those are left out; the workers are ended.
     """
     renderer = rendering.open()
-    chunks = _chunks(sources, formats)
+    chunks = _chunks(sources, readings)
     n_workers = workers or _cores()
     first = islice(chunks, 1 if n_workers > 1 else None)
     yield from (_encode(chunk, renderer, rendering) for chunk in first)
@@ -115,19 +116,17 @@ def encode_sources(
 
 
 def encode_record(
-    record: Record, source: SourceConfig, record_format: RecordFormat, renderer: Renderer
-) -> Rendered:
-    """Tokens and learned tokens of one record of a source."""
-    value = rename(decode(record, source.path), source.columns)
-    return renderer(read_record(value, record_format, f"{source.path}:{record.line}"))
-
-
-def encode_answers(
-    record: Record, source: SourceConfig, kind: Kind, renderer: Renderer
+    record: Record, source: SourceConfig, reading: Reading, renderer: Renderer
 ) -> tuple[list[Rendered], np.ndarray]:
-    """The answers of one record, each with its prompt before it, and of ANSWER what is known of each."""
-    value = rename(decode(record, source.path), source.columns)
-    preference = read_preference(value, kind, f"{source.path}:{record.line}")
+    """The samples of one record: its conversation, or its answers, each behind its prompt.
+
+    Returns:
+        The samples, and of ANSWER what is known of each answer: no row for a conversation.
+    """
+    value, place = rename(decode(record, source.path), source.columns), f"{source.path}:{record.line}"
+    if not isinstance(reading, Kind):
+        return [renderer(read_record(value, reading, place))], np.zeros(0, dtype=ANSWER)
+    preference = read_preference(value, reading, place)
     samples = [renderer(conversation) for conversation in preference.conversations]
     return samples, describe_answers(preference, samples)
 
@@ -174,17 +173,14 @@ def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
     lines, bad, answers = [], [], [np.zeros(0, dtype=ANSWER)]
     for record in chunk.records:
         try:
-            if rendering.kind is Kind.CONVERSATIONS:
-                found = [encode_record(record, chunk.source, chunk.record_format, renderer)]
-            else:
-                found, about = encode_answers(record, chunk.source, rendering.kind, renderer)
-                answers.append(about)
+            found, about = encode_record(record, chunk.source, chunk.reading, renderer)
         except DataError as error:
             if not rendering.skip_bad:
                 raise
             bad.append(str(error))
         else:
             samples += found
+            answers.append(about)
             lines += [record.line] * len(found)
     nothing = [np.zeros(0, dtype=np.int32)]
     return Encoded(
@@ -253,15 +249,15 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(sources: Sequence[SourceConfig], formats: Sequence[RecordFormat]) -> Iterator[Chunk]:
-    for index, (source, record_format) in enumerate(zip(sources, formats, strict=True)):
+def _chunks(sources: Sequence[SourceConfig], readings: Sequence[Reading]) -> Iterator[Chunk]:
+    for index, (source, reading) in enumerate(zip(sources, readings, strict=True)):
         records: list[Record] = []
         n_bytes = 0
         for record in read_records(source.path):
             records.append(record)
             n_bytes += record.n_bytes
             if n_bytes >= CHUNK_BYTES:
-                yield Chunk(source, index, record_format, tuple(records))
+                yield Chunk(source, index, reading, tuple(records))
                 records, n_bytes = [], 0
         if records:
-            yield Chunk(source, index, record_format, tuple(records))
+            yield Chunk(source, index, reading, tuple(records))

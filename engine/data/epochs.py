@@ -1,4 +1,4 @@
-"""What an epoch holds, which packs form a step, and which rank takes which of them. Owns arithmetic only.
+"""What an epoch holds, which packs form a step, and which rank takes which of them.
 
 Everything is a function of (samples, weights, seed), so that resuming is one integer. A plan's packs are in random
 order already, so a step is a slice of it: the same samples at any layout. N samples.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -101,21 +101,37 @@ def packs_of_step(n_packs: int, global_batch_size: int, index: int) -> range:
     return range(index * global_batch_size, min((index + 1) * global_batch_size, n_packs))
 
 
-def deal(
-    packs: Sequence[np.ndarray], lengths: np.ndarray, *, dp_rank: int, dp_size: int, micro_batch_multiple: int
-) -> list[np.ndarray]:
-    """The packs of a step that a data-parallel rank takes: samples of each, none in an empty one.
+@dataclass(frozen=True)
+class Share:
+    """What one data-parallel rank takes of each step.
 
-    Args:
-        packs: the samples of each pack of the step.
-        lengths: rows of every sample.
+    Attributes:
+        rank, size: which of how many.
+        micro_batch_multiple: of micro-batches, as the pipeline schedule needs it.
     """
-    work = [int(np.square(lengths[ids]).sum()) for ids in packs]
-    mine = assign(work, dp_size, micro_batch_multiple)[dp_rank]
-    return [packs[i] if i is not None else packs[0][:0] for i in mine]
+
+    rank: int
+    size: int
+    micro_batch_multiple: int
+
+    def of(self, packs: Sequence[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
+        """This rank's packs of a step: the samples of each, none in an empty one.
+
+        Args:
+            packs: the samples of each pack of the step.
+            lengths: rows of every sample.
+        """
+        work = [int(np.square(lengths[ids]).sum()) for ids in packs]
+        mine = assign(work, self.size, self.micro_batch_multiple)[self.rank]
+        return [packs[i] if i is not None else packs[0][:0] for i in mine]
+
+    def of_plan(self, plan: PackPlan, lengths: np.ndarray, packs_per_step: int) -> Iterator[list[np.ndarray]]:
+        """This rank's packs of every step of a plan."""
+        for index in range(steps_per_epoch(len(plan), packs_per_step)):
+            yield self.of([plan.pack(i) for i in packs_of_step(len(plan), packs_per_step, index)], lengths)
 
 
-def assign(work: Sequence[int], dp_size: int, micro_batch_multiple: int) -> list[list[int | None]]:
+def assign(work: Sequence[int], size: int, micro_batch_multiple: int) -> list[list[int | None]]:
     """Deals the packs of a step to the data-parallel ranks.
 
     Longest first, each to the rank with the least work that still has a place.
@@ -127,14 +143,14 @@ def assign(work: Sequence[int], dp_size: int, micro_batch_multiple: int) -> list
     Returns:
         For each rank as many micro-batches as for any other: an index into `work`, or None for an empty pack.
     """
-    places = -(-len(work) // (dp_size * micro_batch_multiple)) * micro_batch_multiple
-    ranks: list[list[int | None]] = [[] for _ in range(dp_size)]
-    least = [(0, dp_rank) for dp_rank in range(dp_size)]
+    places = -(-len(work) // (size * micro_batch_multiple)) * micro_batch_multiple
+    ranks: list[list[int | None]] = [[] for _ in range(size)]
+    least = [(0, rank) for rank in range(size)]
     for pack in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        load, dp_rank = heapq.heappop(least)
-        ranks[dp_rank].append(pack)
-        if len(ranks[dp_rank]) < places:
-            heapq.heappush(least, (load + work[pack], dp_rank))
+        load, rank = heapq.heappop(least)
+        ranks[rank].append(pack)
+        if len(ranks[rank]) < places:
+            heapq.heappush(least, (load + work[pack], rank))
     return [packs + [None] * (places - len(packs)) for packs in ranks]
 
 

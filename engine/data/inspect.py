@@ -1,4 +1,4 @@
-"""Samples of a recipe's data with their loss mask, token by token. Owns what is shown, not how it is made."""
+"""Shows samples of a recipe's data with their loss mask, token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paralign.models.errors import DataError
 
 from ..batch import Kind
 from .config import DataConfig
-from .encode import encode_answers, encode_record
+from .encode import encode_record
 from .render import Rendered, Renderer, template_text
 from .sources import read_records, record_format
 
@@ -53,16 +53,13 @@ def inspect_set(
     yield Text(LEGEND[coloured] + "\n")
     for source in config.sets[set_name]:
         source = source.model_copy(update={"format": source.format or config.format})
-        written = record_format(source) if kind is Kind.CONVERSATIONS else None
-        found = written or kind.value
+        reading = record_format(source, kind)
+        found = reading.value if isinstance(reading, Kind) else reading
         records = (record for record in read_records(source.path) if record.line >= first_line)
         for record in islice(records, n_samples):
             place = f"{source.path}:{record.line}"
             try:
-                if written:
-                    samples = [encode_record(record, source, written, renderer)]
-                else:
-                    samples, _ = encode_answers(record, source, kind, renderer)
+                samples, _ = encode_record(record, source, reading, renderer)
             except DataError as error:
                 yield Text(f"── {source.name} ({found})\n{error}\n", style="red" if coloured else "")
                 continue

@@ -14,9 +14,9 @@ import torch
 from ..batch import Column, PackedBatch, StepBatch
 from .answers import Group, mismatch, rows_of
 from .cache import TokenCache
-from .epochs import Epochs, deal, packs_of_step
+from .epochs import Epochs, Share, packs_of_step
 from .pack import pack_groups
-from .packing import PackPlan, plan_packs
+from .packing import plan_packs
 
 NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
 
@@ -33,7 +33,7 @@ class PackLoader:
     Args:
         global_batch_size: packs in a step, over all ranks.
         seed: of the order of samples; the same on all ranks.
-        micro_batch_multiple: of micro-batches, as the pipeline schedule needs it.
+        share: of each step that is this rank's.
     """
 
     def __init__(
@@ -42,9 +42,7 @@ class PackLoader:
         *,
         global_batch_size: int,
         seed: int,
-        dp_rank: int,
-        dp_size: int,
-        micro_batch_multiple: int,
+        share: Share,
         device: torch.device,
     ) -> None:
         self.cache = cache
@@ -52,7 +50,7 @@ class PackLoader:
         self._tokens_per_pack = cache.config.tokens_per_pack
         self._global_batch_size = global_batch_size
         self._seed = seed
-        self._place = {"dp_rank": dp_rank, "dp_size": dp_size, "micro_batch_multiple": micro_batch_multiple}
+        self._share = share
         self._device = device
         self._before = [(0, 0)]  # each step, as far as they were asked for: answers and their tokens
         self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
@@ -65,18 +63,18 @@ class PackLoader:
     def step(self, step: int) -> StepBatch:
         """Step number `step`, from 0, over all epochs; tensors of this rank, counts of all."""
         packs = self._packs_of(step)
-        ids = np.concatenate(packs)
-        shares = deal(packs, self.cache.lengths, **self._place)
+        all_ids = np.concatenate(packs)
+        mine = self._share.of(packs, self.cache.lengths)
         return StepBatch(
-            micro_batches=[self._pack(share) for share in shares],
-            counts=self.cache.counts(ids),
-            n_samples=len(ids),
-            n_tokens=int(self.cache.lengths[ids].sum()),
-            sample_ids=tuple(ids.tolist()),
-            n_loss=int(self.cache.n_loss[ids].sum()),
-            squared_lengths=int(np.square(self.cache.lengths[ids]).sum()),
+            micro_batches=[self._pack(ids) for ids in mine],
+            counts=self.cache.counts(all_ids),
+            n_samples=len(all_ids),
+            n_tokens=int(self.cache.lengths[all_ids].sum()),
+            sample_ids=tuple(all_ids.tolist()),
+            n_loss=int(self.cache.n_loss[all_ids].sum()),
+            squared_lengths=int(np.square(self.cache.lengths[all_ids]).sum()),
             place=self.cache.place,
-            pack_samples=[share.tolist() for share in shares],
+            pack_samples=[ids.tolist() for ids in mine],
             mismatched=self.mismatched(step) if self.needs_mismatched else [],
         )
 
@@ -91,10 +89,8 @@ class PackLoader:
     def every_answer(self) -> Iterator[list[PackedBatch]]:
         """This rank's packs of each sample once, whatever the weight of its source, a step's worth at a time."""
         plan = plan_packs(self.cache.lengths, self._tokens_per_pack, seed=self._seed, epoch=0)
-        for first in range(0, len(plan), self._global_batch_size):
-            step = packs_of_step(len(plan), self._global_batch_size, first // self._global_batch_size)
-            packs = [plan.pack(i) for i in step]
-            yield [self._pack(ids) for ids in deal(packs, self.cache.lengths, **self._place)]
+        for mine in self._share.of_plan(plan, self.cache.lengths, self._global_batch_size):
+            yield [self._pack(ids) for ids in mine]
 
     def answers_before(self, step: int) -> int:
         """Answers in all the steps before this one."""
@@ -127,15 +123,13 @@ class PackLoader:
         groups = _numbered(groups, self.answers_before(step))
         rows = np.array([rows_of(group, layout) for group in groups])
         plan = plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=step)
-        return [
-            self._pack_groups([groups[i] for i in mine])
-            for mine in deal([plan.pack(i) for i in range(len(plan))], rows, **self._place)
-        ]
+        (mine,) = self._share.of_plan(plan, rows, len(plan))
+        return [self._pack_groups([groups[i] for i in numbers]) for numbers in mine]
 
     def _packs_of(self, step: int) -> list[np.ndarray]:
         """The samples of each pack of a step, over all ranks."""
         epoch, index = self.epochs.locate(step)
-        plan: PackPlan = self.epochs.plan(epoch)
+        plan = self.epochs.plan(epoch)
         return [plan.pack(i) for i in packs_of_step(len(plan), self._global_batch_size, index)]
 
     def _pack(self, ids: np.ndarray) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""Which samples share a pack: best-fit decreasing. Owns the plan of an epoch, not tokens, steps or ranks.
+"""Which samples share a pack: best-fit decreasing.
 
 Best-fit decreasing takes the longest sample first and puts it where the least room is left over. Samples of
 one length are alike, and so are bins with as much room left, so whole groups are placed at a time: thousands

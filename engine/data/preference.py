@@ -1,4 +1,4 @@
-"""A prompt with its answers, and how a record becomes one. Owns preference formats, not files and not tokens.
+"""A prompt with its answers, and how a record becomes one.
 
     pairs      `chosen` and `rejected`: answers to `prompt` (text or turns), to `messages` or `conversations`;
                or, without any of these, whole conversations: turns, or a dialogue as text, as in hh-rlhf
@@ -20,8 +20,8 @@ from typing import Any, Literal
 from paralign.models.errors import DataError
 
 from ..batch import Kind
-from .conversation import Conversation, check_order
-from .turns import Message, did_you_mean, read_tools, read_turn, read_turns, shown, text
+from .conversation import Conversation, conversation_of, text_or_turns
+from .turns import Message, did_you_mean, shown
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 _PROMPTS = ("prompt", "messages", "conversations")
@@ -89,7 +89,7 @@ def _prompt_and_answer(
     if prompt is None and isinstance(answer, str):
         turns = _dialogue(answer, place)
     else:
-        turns = _turns(answer, "assistant", place)
+        turns = text_or_turns(answer, "assistant", place)
     if prompt is not None and turns[0].role == "assistant":
         return prompt, turns
     # The whole conversation; beside a prompt, again, as in sets that keep it twice.
@@ -108,7 +108,7 @@ def _labelled(record: Mapping[str, Any], place: str) -> Preference:
         prompt = _prompt(record, place)
         if prompt is None:
             raise DataError(f"{place}: no prompt beside completion{did_you_mean(record, _PROMPTS)}")
-        answer = _turns(record["completion"], "assistant", f"{place} completion")
+        answer = text_or_turns(record["completion"], "assistant", f"{place} completion")
         key = "completion"
     else:
         whole = _prompt(record, place)
@@ -124,14 +124,8 @@ def _labelled(record: Mapping[str, Any], place: str) -> Preference:
 def _prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...] | None:
     for key in _PROMPTS:
         if key in record:
-            return _turns(record[key], "user", f"{place} {key}")
+            return text_or_turns(record[key], "user", f"{place} {key}")
     return None
-
-
-def _turns(value: object, role: Literal["user", "assistant"], place: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return (Message(role, value),)
-    return (read_turn(value, place),) if isinstance(value, Mapping) else read_turns(value, place)
 
 
 def _dialogue(value: str, place: str) -> tuple[Message, ...]:
@@ -159,13 +153,7 @@ def _conversation(
             raise DataError(f"{answer_place}: an empty answer; expected text; remove the record")
     if not prompt:
         raise DataError(f"{answer_place}: nothing stands before the answer; expected a prompt")
-    system: tuple[Message, ...] = ()
-    if record.get("system"):
-        system = (Message("system", text(record["system"], f"{place} system")),)
-    tools = read_tools(record.get("tools"), f"{place} tools")
-    conversation = Conversation(system + prompt + answer, place, tools, n_context=len(system) + len(prompt))
-    check_order(conversation)
-    return conversation
+    return conversation_of(record, prompt, answer, place)
 
 
 def _check_same(ours: Sequence[Message], theirs: Sequence[Message], place: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""From a conversation to tokens and the set of them that is learned. Owns chat templates and loss masks.
+"""From a conversation to tokens and the set of them that is learned: chat templates and loss masks.
 
 The whole conversation is rendered and tokenised once, as it is at inference; what is to be learned is found
 in the text and carried over by the tokens' offsets. Tokenising turn by turn instead would forbid merges
@@ -14,18 +14,15 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from paralign.models.errors import DataError, WeightsError
+from paralign.models.errors import DataError
 
 from .config import ChatTemplate, LossOn
 from .conversation import Conversation
-from .sentencepiece_tokenizer import SentencePieceTokenizer, is_sentencepiece
-
-if TYPE_CHECKING:  # transformers costs seconds; `check` must start at once
-    from transformers import PreTrainedTokenizerFast
+from .tokenizer import open_tokenizer
 
 _OURS = Path(__file__).parent / "templates"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -97,7 +94,9 @@ class Renderer:
                 it would learn from; it marks some assistant turns with `{% generation %}`, and not this one.
         """
         place = conversation.place
-        text, marked = self._render_whole(conversation)
+        text, marked = self._render(
+            conversation, len(conversation.messages), return_assistant_tokens_mask=self._marks_generation
+        )
         encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
         tokens_L = np.array(encoding.ids, dtype=np.int32)
         turns = self._turns_to_learn(conversation)
@@ -144,23 +143,15 @@ class Renderer:
         ]
         return [] if self._loss_on == "all" else turns[-1:] if self._loss_on == "last" else turns
 
-    def _render_whole(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
-        """The text of all turns, and the spans marked `{% generation %}` if the template marks any."""
-        texts, spans = self._render(
-            conversation, len(conversation.messages), return_assistant_tokens_mask=self._marks_generation
-        )
-        return texts[0], spans[0] if self._marks_generation else None
-
-    def _render_prefix(self, conversation: Conversation, n_turns: int, *, prompt: bool) -> str:
-        """The text of the first turns, and perhaps the prompt for an answer."""
-        return self._render(conversation, n_turns, add_generation_prompt=prompt)[0][0]
-
-    def _render(self, conversation: Conversation, n_turns: int, **options: bool) -> tuple[list[str], Any]:
+    def _render(
+        self, conversation: Conversation, n_turns: int, **options: bool
+    ) -> tuple[str, list[Span] | None]:
+        """The text of the first turns, and the spans of it marked `{% generation %}` if these are asked for."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            return render_jinja_template(
+            texts, spans = render_jinja_template(
                 conversations=[[message.for_template() for message in conversation.messages[:n_turns]]],
                 tools=list(conversation.tools) or None,
                 chat_template=self._template,
@@ -172,15 +163,17 @@ class Renderer:
             raise DataError(
                 f"{conversation.place}: the chat template refuses the turns ({roles}): {error}"
             ) from None
+        return texts[0], spans[0] if spans else None
 
     def _turn_span(self, conversation: Conversation, turn: int, text: str) -> Span:
         """From the end of the generation prompt of an assistant turn to the end of the turn.
 
         Found by rendering the turns before it with a generation prompt, and the turns up to it.
         """
-        before = self._render_prefix(conversation, turn, prompt=True)
-        last = turn + 1 == len(conversation.messages)
-        upto = text if last else self._render_prefix(conversation, turn + 1, prompt=False)
+        before, _ = self._render(conversation, turn, add_generation_prompt=True)
+        upto = text
+        if turn + 1 < len(conversation.messages):
+            upto, _ = self._render(conversation, turn + 1)
         for prefix in (before, upto):
             if not text.startswith(prefix):
                 raise DataError(
@@ -229,24 +222,3 @@ def _check_tools(conversation: Conversation, text: str, spans: Mapping[int, Span
             f"{conversation.place}: the chat template leaves out the tool {absent[0]}; take a template that "
             "renders tools, such as the model's own or chatml, or remove the tools"
         )
-
-
-def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTokenizer:
-    """The tokenizer of a Hugging Face directory, fast or sentencepiece's; WeightsError if it has neither."""
-    from transformers import AutoTokenizer
-
-    if not directory.is_dir():
-        raise WeightsError(f"{directory}: no such directory; expected one with a tokenizer")
-    if is_sentencepiece(directory):
-        return SentencePieceTokenizer(directory)
-    try:
-        # Said outright: transformers asks at the terminal where nothing is said, and a "y" runs what the files hold.
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{directory}: no tokenizer can be opened: {error}") from error
-    if not tokenizer.is_fast:
-        raise WeightsError(
-            f"{directory}: {type(tokenizer).__name__} has no tokenizer.json, which places each token in the "
-            "text; convert it to a fast tokenizer"
-        )
-    return tokenizer

@@ -1,6 +1,6 @@
 """A tokenizer kept as `tokenizer.model` alone: the sentencepiece library behind the few methods rendering uses.
 
-Owns the splitting at reserved tokens and the place of each token in the text; owns no chat format.
+It splits text at reserved tokens, and says where in the text each token is.
 """
 
 from __future__ import annotations

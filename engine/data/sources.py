@@ -1,4 +1,4 @@
-"""Sources of samples, read record by record. Owns JSON, JSONL and line numbers, not what records mean."""
+"""Sources of samples, read record by record: JSON, JSONL and tables, with line numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from paralign.models.errors import DataError
 
+from ..batch import Kind
 from .config import SourceConfig
 from .conversation import REQUIRED, RecordFormat, detect_format, rename
 from .tables import Record, is_table, table_files, table_records
 
+Reading = RecordFormat | Kind
 _SPACE = " \t\r\n"
 
 
@@ -63,12 +65,16 @@ def decode(record: Record, path: Path) -> object:
         raise _broken(path, record.line + error.lineno - 1, error, "one JSON object per line") from None
 
 
-def record_format(source: SourceConfig) -> RecordFormat:
-    """The stated format of a source, or that of its first record if it is `auto`.
+def record_format(source: SourceConfig, kind: Kind = Kind.CONVERSATIONS) -> Reading:
+    """The stated format of a source's conversations, or that of its first record if it is `auto`.
+
+    The keys of other kinds of records say what they are: for these it is the kind.
 
     Raises:
         DataError: the first record is of no format; a table has not the columns of the stated format.
     """
+    if kind is not Kind.CONVERSATIONS:
+        return kind
     path = source.path
     if source.format in (None, "auto"):
         first = next(read_records(path))

@@ -1,4 +1,4 @@
-"""What a set of samples comes to: lengths, packs, what is learned, source by source. Owns numbers and their table."""
+"""What a set of samples comes to: lengths, packs, what is learned, source by source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class SourceStatistics:
     Attributes:
         samples, tokens, loss_tokens: of the samples that are left.
         seen: of these samples, how many an epoch takes, each counted as often as it is seen.
-        bad: records that could not be read.
     """
 
     name: str
@@ -33,7 +32,6 @@ class SourceStatistics:
     tokens: int
     loss_tokens: int
     seen: int
-    bad: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,6 @@ def set_statistics(name: str, cache: TokenCache, *, global_batch_size: int, seed
                 tokens=int(cache.lengths[here].sum()),
                 loss_tokens=int(cache.n_loss[here].sum()),
                 seen=int(seen[here].sum()),
-                bad=cache.n_bad[i],
             )
             for i, origin in enumerate(cache.origins)
             for here in [cache.sources == i]

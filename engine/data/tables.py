@@ -1,4 +1,4 @@
-"""Records, and rows of Parquet files and of saved `datasets` folders as such. Owns Arrow, not what rows mean.
+"""Records, and rows of Parquet files and of saved `datasets` folders as records.
 
 A folder is one that `Dataset.save_to_disk` wrote: state.json and Arrow files. pyarrow alone reads it.
 """

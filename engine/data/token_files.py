@@ -1,4 +1,4 @@
-"""Tokens on disk, made once for each content. Owns the directory and its key, not how tokens come about.
+"""Tokens on disk, made once for each content.
 
     <cache_dir>/<key>.v3/tokens.bin    int32, all answers end to end, each behind its prompt; a chat is one answer
                          weights.bin   float32, what each token counts in the loss; 0 where it is not learned
@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -32,11 +31,12 @@ from paralign.models.errors import DataError
 
 from ..array_file import read_array, read_arrays
 from ..batch import Kind
-from ..whole_file import sync, sync_tree
+from ..whole_file import name_directory
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
 from .render import template_text
 from .sources import content_files, record_format
+from .tokenizer import TOKENIZER_FILES
 
 VERSION = 2  # of what render makes of a conversation; part of the key
 FORM = ".v3"  # of the files above
@@ -45,18 +45,6 @@ COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
 CHAT = np.array(
     (1, 0, 0, False, np.nan, 0.0), dtype=ANSWER
 )  # nothing stands before a chat but its first token
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass
@@ -200,20 +188,15 @@ def _build(
         template_text(config.chat_template),
         config.loss_on,
         skip_bad=config.bad_record == "skip",
-        kind=kind,
     )
-    # The keys of a preference say what it is; nothing is to be stated or found out.
-    conversations = kind is Kind.CONVERSATIONS
-    formats = [record_format(source) if conversations else "prompt_completion" for source in sources]
+    readings = [record_format(source, kind) for source in sources]
     try:
         with _unfinished(directory) as temporary:
             with _advance(sources, shown=progress) as advance:
-                stream = encode_sources(sources, formats, rendering, config.workers)
+                stream = encode_sources(sources, readings, rendering, config.workers)
                 _write(temporary, stream, sources, advance)
             try:
-                sync_tree(temporary)
-                os.rename(temporary, directory)
-                sync(directory.parent)
+                name_directory(temporary, directory)
             except OSError:
                 if not directory.is_dir():
                     raise
@@ -223,9 +206,9 @@ def _build(
 
 @contextmanager
 def _unfinished(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory`, to be renamed to it; removes those that killed processes have left.
+    """A directory next to `directory`, to be renamed to it; removes those that killed processes have left.
 
-    A lock beside it says that somebody is at work, and ends with its holder.
+    A lock next to it says that somebody is at work, and ends with its holder.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     for left in directory.parent.glob(f".{directory.name}.*.lock"):
@@ -251,7 +234,8 @@ def _write(
     origins: Sequence[SourceConfig],
     advance: Callable[[int], None],
 ) -> None:
-    lengths, n_loss, token_weights, lines, sources, answers = [], [], [], [], [], []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    answers = []
     max_token, n_stops = 0, 0
     n_bad, first_bad = [0] * len(origins), ""
     with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
@@ -259,11 +243,11 @@ def _write(
             chunk.tokens.tofile(tokens)
             chunk.weights.tofile(weights)
             ends = np.cumsum(chunk.lengths)
-            n_loss.append(_sums(chunk.weights > 0, ends, np.int64))
-            token_weights.append(_sums(chunk.weights, ends, np.float64))
-            lengths.append(chunk.lengths)
-            lines.append(chunk.lines)
-            sources.append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
+            columns["lengths"].append(chunk.lengths)
+            columns["n_loss"].append(_sums(chunk.weights > 0, ends, np.int64))
+            columns["token_weights"].append(_sums(chunk.weights, ends, np.float64))
+            columns["lines"].append(chunk.lines)
+            columns["sources"].append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
             max_token = max(max_token, int(chunk.tokens.max(initial=0)))
             n_stops += chunk.n_stops
             answers.append(chunk.answers)
@@ -271,28 +255,22 @@ def _write(
             first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
             advance(chunk.n_bytes)
     paths = ", ".join(str(origin.path) for origin in origins)
-    if not any(map(len, lengths)):
+    samples = {name: np.concatenate(column) for name, column in columns.items()}
+    if not len(samples["lengths"]):
         raise DataError(
             f"{paths}: no sample is left: {sum(n_bad):,} that cannot be read, the first: {first_bad}"
         )
-    if n_stops == 0 and any(n.any() for n in n_loss):
+    if n_stops == 0 and samples["n_loss"].any():
         raise DataError(
             f"{paths}: no sample teaches a token that ends a turn, so the model would never stop; "
             "the template must end an assistant turn with a special token of the tokenizer, inside "
             "{% generation %} if it has that"
         )
-    np.savez(
-        directory / SAMPLES,
-        lengths=np.concatenate(lengths),
-        n_loss=np.concatenate(n_loss),
-        token_weights=np.concatenate(token_weights),
-        lines=np.concatenate(lines),
-        sources=np.concatenate(sources),
-    )
+    np.savez(directory / SAMPLES, allow_pickle=False, **samples)
     if any(len(table) for table in answers):
         np.save(directory / ANSWERS, np.concatenate(answers))
     meta = {
-        "n_tokens": int(sum(part.sum() for part in lengths)),
+        "n_tokens": int(samples["lengths"].sum()),
         "max_token": max_token,
         "paths": [str(origin.path) for origin in origins],
         "n_bad": n_bad,

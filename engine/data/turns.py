@@ -1,4 +1,4 @@
-"""One turn of a conversation in OpenAI's or ShareGPT's spelling. Owns turns, not records and not their order."""
+"""One turn of a conversation in OpenAI's or ShareGPT's spelling."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Message:
     """One turn.
 
     Attributes:
-        content: None only beside tool calls.
+        content: None only with tool calls.
         tool_calls: of an assistant turn.
         reasoning_content: what an assistant turn thought before it answered.
         tool_call_id, name: of a tool turn: which call it answers, and of which tool.

@@ -28,7 +28,6 @@ from paralign.engine import writing
 from paralign.engine.checkpoint import rawfile
 from paralign.engine.checkpoint.hf import Assets, HFReader, copy_assets
 from paralign.engine.checkpoint.manifest import compare
-from paralign.engine.checkpoint.source import HFSource
 from paralign.engine.checkpoint.target import NativeTarget
 from paralign.engine.convert import convert
 from paralign.models.errors import CheckpointError, WeightsError
@@ -164,7 +163,7 @@ def test_an_empty_directory_is_used(tmp_path, checkpoint):
     assert json.loads((tmp_path / "dst/config.json").read_text())["vocab_size"] == 37
 
 
-class Forgetful(HFSource):
+class Forgetful(HFReader):
     """A disk that gives back something else."""
 
     def stored(self, rule):

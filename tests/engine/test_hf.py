@@ -27,6 +27,7 @@ from paralign.engine.checkpoint.hf import (
     parse_size,
     shard_plan,
 )
+from paralign.engine.data.tokenizer import TOKENIZER_FILES
 from paralign.models import rules_for
 from paralign.models.errors import WeightsError
 from paralign.models.weights import bit_equal
@@ -306,6 +307,15 @@ def test_the_config_keeps_every_key_and_its_style(tmp_path, key):
     assert written == config | {key: "bfloat16"}
     assert list(written) == list(config)
     assert [path.name for path in (tmp_path / "dst").iterdir()] == ["config.json"]
+
+
+def test_every_file_of_a_tokenizer_travels_but_a_processors_template(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in TOKENIZER_FILES:
+        (tmp_path / name).write_text("{}")
+    copy_assets(Assets(tmp_path, tmp_path), tmp_path / "dst", dtype="bfloat16")
+    copied = {path.name for path in (tmp_path / "dst").iterdir()}
+    assert copied == {*TOKENIZER_FILES, "config.json"} - {"chat_template.json"}
 
 
 def test_the_tokenizer_is_copied_verbatim(tmp_path):

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from paralign.engine.check import check
 from paralign.engine.checkpoint.source import open_source
 from paralign.engine.convert import convert
-from paralign.engine.data.render import open_tokenizer
 from paralign.engine.data.sources import read_records
+from paralign.engine.data.tokenizer import open_tokenizer
 from paralign.engine.merge import load_merge
 from paralign.engine.recipe import load
 from paralign.engine.reference import MadeBy, read_reference

@@ -15,6 +15,7 @@ from paralign.engine.batch import Column, Head, Kind, Unit
 from paralign.engine.data.answers import AnswerLayout
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
+from paralign.engine.data.epochs import Share
 from paralign.engine.data.loader import PackLoader
 from paralign.models.errors import DataError
 
@@ -145,9 +146,7 @@ def test_every_rank_together_has_each_answer_once_and_each_mismatched_answer(
             cache,
             global_batch_size=2,
             seed=1,
-            dp_rank=dp_rank,
-            dp_size=2,
-            micro_batch_multiple=1,
+            share=Share(dp_rank, 2, 1),
             device=torch.device("cpu"),
         )
         for dp_rank in range(2)

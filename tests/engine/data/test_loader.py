@@ -9,6 +9,7 @@ import torch
 from paralign.engine.batch import IGNORE, Column, PackedBatch, Unit
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
+from paralign.engine.data.epochs import Share
 from paralign.engine.data.loader import NO_SOURCE, PackLoader
 from paralign.engine.data.pack import TAIL_ROWS, pack_chats
 
@@ -32,9 +33,7 @@ def loader(cache: TokenCache, dp_rank: int = 0, dp_size: int = 1, multiple: int 
         cache,
         global_batch_size=4,
         seed=1,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        micro_batch_multiple=multiple,
+        share=Share(dp_rank, dp_size, multiple),
         device=CPU,
     )
 
@@ -150,9 +149,7 @@ def test_the_fingerprint_is_that_of_the_samples_not_of_the_layout(cache: TokenCa
             cache,
             global_batch_size=global_batch_size,
             seed=seed,
-            dp_rank=0,
-            dp_size=dp_size,
-            micro_batch_multiple=1,
+            share=Share(0, dp_size, 1),
             device=CPU,
         ).fingerprint
 

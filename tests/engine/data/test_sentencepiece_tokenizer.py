@@ -8,8 +8,9 @@ import pytest
 import sentencepiece
 
 from paralign.engine.data.conversation import Conversation, Message
-from paralign.engine.data.render import Renderer, open_tokenizer, template_text
+from paralign.engine.data.render import Renderer, template_text
 from paralign.engine.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from paralign.engine.data.tokenizer import open_tokenizer
 from paralign.models.errors import DataError, WeightsError
 
 
