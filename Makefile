@@ -11,6 +11,7 @@ demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/python -m paralign.tools.demo
 
+# It ends with the seconds of each folder. A change that adds more than 45 s moves something to `slow`.
 test: lint
 	$(BIN)/python -m pytest
 
@@ -19,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Faults, signals and runs of an older commit, with real processes: some ten minutes.
+# Faults, signals and runs of an older commit, with real processes, and what eight ranks repeat: a quarter of an hour.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest tests/distributed -m slow
 

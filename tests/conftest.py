@@ -1,6 +1,8 @@
 """Set before torch is imported: one thread a process, so that eight ranks share two cores in peace."""
 
 import os
+from collections import Counter
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -15,3 +17,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of each folder, set-up and all: where a change has to move something out, and what it added."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[str(PurePosixPath(report.nodeid.split("::")[0]).parent)] += report.duration
+    terminalreporter.section("seconds per folder")
+    for folder, took in seconds.most_common():
+        terminalreporter.write_line(f"{took:7.1f}  {folder}")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.1f}  in all")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from .pool import RankPool
+from .reference import SAMPLE_SETS, make_reference
 
-TABLE = pytest.StashKey[list[tuple[str, Any]]]()
+FIGURES = ("loss", "gradient", "grad_norm", "loss_after")
 
 
 @pytest.fixture(scope="session")
@@ -20,23 +22,53 @@ def ranks() -> Iterator[RankPool]:
         yield pool
 
 
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Path of the reference of a family on a sample set; each is computed once."""
+    folder = tmp_path_factory.mktemp("references")
+
+    def make(family: str, samples: str = "plain") -> Path:
+        path = folder / f"{family}-{samples}.pt"
+        if not path.exists():
+            torch.save(make_reference(family, SAMPLE_SETS[samples]), path)
+        return path
+
+    return make
+
+
+class CertificateTable:
+    """Names and rows of errors, for the table that the run ends with; a report carries them there as plain values."""
+
+    def __init__(self, properties: list[tuple[str, object]]) -> None:
+        self._properties = properties
+
+    def append(self, line: tuple[str, Any]) -> None:
+        name, row = line
+        self._properties.append(("certificate", [name, *(getattr(row, what, None) for what in FIGURES)]))
+
+
 @pytest.fixture
-def certificate_table(request: pytest.FixtureRequest) -> list[tuple[str, Any]]:
-    """Names and rows of errors, for the table that the run ends with."""
-    return request.config.stash.setdefault(TABLE, [])
+def certificate_table(request: pytest.FixtureRequest) -> CertificateTable:
+    return CertificateTable(request.node.user_properties)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = terminalreporter.config.stash.get(TABLE, [])
+    rows = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for key, value in report.user_properties
+        if key == "certificate"
+    ]
     if not rows:
         return
     terminalreporter.section(
         "layout certificate: relative errors against transformers, unpacked, one process"
     )
-    width = max(len(name) for name, _ in rows)
+    width = max(len(name) for name, *_ in rows)
     terminalreporter.write_line(f"{'':{width}}     loss  gradient  grad norm  loss, 3 steps")
-    for name, row in rows:
-        errors = [getattr(row, what, None) for what in ("loss", "gradient", "grad_norm", "loss_after")]
+    for name, *errors in rows:
         cells = ["—" if error is None else f"{error:.1e}" for error in errors]
         terminalreporter.write_line(
             f"{name:{width}}  {cells[0]}   {cells[1]}    {cells[2]:>7}        {cells[3]:>7}"

@@ -72,7 +72,7 @@ def certify_preferences(
     )
     rows: dict[str, PreferenceRow] = {}
     with open_mesh(layout, local_rank=rank, seed=1) as mesh:
-        for head in (Head.LM, Head.SCALAR):
+        for head in {build_objective(case.config).head for case in cases}:
             arch = lm_arch.with_scalar_head() if head is Head.SCALAR else lm_arch
             section = ModelConfig(hf=Path(), dtype="fp32", **model_keys)
             model = Model.open(arch, mesh, section, reference.weights.__getitem__)

@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.baichuan2_reference import BaichuanConfig, BaichuanForCausalLM
+from ..tiny import random_model
 
 Sample = tuple[list[int], Sequence[float]]  # tokens, and what each counts in the loss; 0 is not learned
 
 LR, WEIGHT_DECAY, CLIP, STEPS = 1e-3, 0.1, 1.0, 3
 BETAS, EPS = (0.9, 0.95), 1e-8
+LONGEST = 512
+OWN_KEYS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "mistral": {
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "sliding_window": LONGEST,
+    },
+    "qwen2": {"rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+}
 
 
 def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
@@ -25,57 +38,34 @@ def tiny_model(family: str, *, layers: int = 8, seed: int = 7) -> Any:
     shortest window that leaves nothing out, Qwen2 biases and a tied head, Qwen3 norms of q and k; Baichuan2's
     13B has a number of heads that is no power of two.
     """
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
-
-    torch.manual_seed(seed)
     if family in ("baichuan2-7b", "baichuan2-13b"):
         length = "max_position_embeddings" if family == "baichuan2-7b" else "model_max_length"
         heads, hidden = (8, 64) if family == "baichuan2-7b" else (12, 96)
-        baichuan = BaichuanForCausalLM(BaichuanConfig(251, hidden, 96, layers, heads, **{length: 512}))
+        torch.manual_seed(seed)
+        baichuan = BaichuanForCausalLM(BaichuanConfig(251, hidden, 96, layers, heads, **{length: LONGEST}))
         with torch.no_grad():
             for parameter in baichuan.parameters():
                 parameter.copy_(0.1 * torch.randn_like(parameter) + (parameter.dim() == 1))
         return baichuan
-    shape = dict(
+    if family not in OWN_KEYS:
+        raise ValueError(
+            f"tiny_model: family {family!r} is unknown; known are llama, mistral, qwen2, qwen3, baichuan2-7b and "
+            "baichuan2-13b; add it here"
+        )
+    model = random_model(
+        family,
+        seed=seed,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         vocab_size=251,  # no degree of parallelism divides it
-        max_position_embeddings=512,
+        max_position_embeddings=LONGEST,
         initializer_range=0.1,
         attn_implementation="eager",
+        **OWN_KEYS[family],
     )
-    if family == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, tie_word_embeddings=False))
-    elif family == "mistral":
-        window = shape["max_position_embeddings"]
-        model = MistralForCausalLM(
-            MistralConfig(
-                **shape, head_dim=16, rms_norm_eps=1e-5, tie_word_embeddings=False, sliding_window=window
-            )
-        )
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(
-            Qwen3Config(**shape, head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=False)
-        )
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape, rms_norm_eps=1e-6, tie_word_embeddings=True))
-    else:
-        raise ValueError(
-            f"tiny_model: family {family!r} is unknown; known are llama, mistral, qwen2, qwen3, baichuan2-7b and "
-            "baichuan2-13b; add it here"
-        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -94,6 +84,27 @@ def make_samples(n: int = 24, *, longest: int = 60, seed: int = 3) -> list[Sampl
         tokens = torch.randint(0, 251, (length,), generator=generator).tolist()
         samples.append((tokens, [position >= prompt for position in range(length)]))
     return samples
+
+
+def lopsided(samples: Sequence[Sample]) -> list[Sample]:
+    """The first half of the samples learns one token each, the second every token."""
+    half = len(samples) // 2
+    return [
+        (tokens, [position == len(tokens) - 1 or i >= half for position in range(len(tokens))])
+        for i, (tokens, _) in enumerate(samples)
+    ]
+
+
+def weighted(samples: Sequence[Sample]) -> list[Sample]:
+    """Learned tokens count between 0.0005 and 0.0025 each."""
+    return [
+        (tokens, [0.0005 * (1 + (position + i) % 5) * learned for position, learned in enumerate(mask)])
+        for i, (tokens, mask) in enumerate(samples)
+    ]
+
+
+SAMPLES = make_samples()
+SAMPLE_SETS = {"plain": SAMPLES, "lopsided": lopsided(SAMPLES), "weighted": weighted(SAMPLES)}
 
 
 @dataclass

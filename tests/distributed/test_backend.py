@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from paralign.models.norm import RMSNorm
 
 from .certificate import Case, Row, certify
 from .pool import RankPool
-from .reference import make_reference
-from .test_certificate import BOUNDS, LAYOUTS, PLANS, SAMPLES
+from .reference import SAMPLES
+from .test_certificate import BOUNDS, LAYOUTS, PLANS
 
 
 class PlainLayer(TransformerLayer):
@@ -105,12 +106,10 @@ def certify_plain(rank: int, world_size: int, case: Case) -> tuple[Row, set[str]
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2"])
 def test_another_backend_gives_the_same_numbers(
-    layout: str, ranks: RankPool, tmp_path: Path, certificate_table: list
+    layout: str, ranks: RankPool, references: Callable[..., Path], certificate_table: list
 ) -> None:
     world_size, keys, more = LAYOUTS[layout]
-    reference = tmp_path / "llama.pt"
-    torch.save(make_reference("llama", SAMPLES), reference)
-    case = Case(world_size, keys, more, reference, SAMPLES, PLANS["8 packs of 96, in order"])
+    case = Case(world_size, keys, more, references("llama"), SAMPLES, PLANS["8 packs of 96, in order"])
     for row, seen in ranks.run(world_size, certify_plain, case):
         assert {"PlainLayer", "PlainNorm", "OtherColumn", "OtherRow"} <= seen
         assert not {"Layer", "RMSNorm", "ColumnParallelLinear", "RowParallelLinear"} & seen

@@ -45,6 +45,7 @@ def _left_over(recipe: Path) -> str:
     return subprocess.run(["pgrep", "-f", str(recipe)], capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_truncated_shard_under_ranks(toy: Path) -> None:
     broken = toy / "broken"
     shutil.copytree(toy / "model", broken)
@@ -63,6 +64,7 @@ def test_malformed_line_under_ranks(toy: Path) -> None:
     _assert_one_error(_launch(recipe), "malformed.jsonl:18")
 
 
+@pytest.mark.slow
 def test_layout_that_does_not_divide_under_ranks(toy: Path) -> None:
     recipe = write_recipe(toy, "layout", {"tensor_model_parallel_size": 4})
     _assert_one_error(_launch(recipe), "tp 4 × pp 1 = 4 does not divide 2 GPUs")

@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from paralign.engine.objectives import OBJECTIVES
 
 from .certificate import Case, Plan, Row, certify
+from .covering import (
+    EVERY_ROW,
+    MOST_RANKS,
+    ROWS,
+    Array,
+    layout_of,
+    name_of,
+    pairs_of,
+    rows_to_certify,
+    world_size,
+)
+from .fused import certify_fused
 from .pool import RankPool
-from .reference import Sample, make_reference, make_samples
+from .reference import SAMPLE_SETS, SAMPLES
 
 BOUNDS = Row(loss=1e-6, gradient=1e-5, worst_gradient="", grad_norm=1e-5, loss_after=1e-5)
-
-SAMPLES = make_samples()
 
 Layout = tuple[int, Mapping[str, Any], Mapping[str, Any]]  # world size, keys of `layout:` and of `model:`
 
@@ -80,69 +91,52 @@ def _plans() -> dict[str, Plan]:
 
 
 PLANS = _plans()
-PACKINGS = ("8 packs of 96", "4 packs of 192")  # the last pack of the first is empty
+PACKINGS = {"many packs": "8 packs of 96", "few packs": "4 packs of 192"}  # of the first, the last is empty
 SPLITS = ("in order", "interleaved")
-FAMILIES = ("llama", "qwen2")
-FULL = list(itertools.product(LAYOUTS, FAMILIES, PACKINGS, SPLITS))
+FULL = list(itertools.product(LAYOUTS, ("llama", "qwen2"), PACKINGS, SPLITS))
 
 
-def _pairwise() -> list[tuple[str, str, str, str]]:
-    """Two complementary rows for each layout, so that any two settings of any two factors meet somewhere."""
-    rows = []
-    for i, layout in enumerate(LAYOUTS):
-        packing, split = divmod(i % 4, 2)
-        rows.append((layout, FAMILIES[0], PACKINGS[packing], SPLITS[split]))
-        rows.append((layout, FAMILIES[1], PACKINGS[1 - packing], SPLITS[1 - split]))
-    return rows
-
-
-def _lopsided() -> list[Sample]:
-    """The first half of the samples learns one token each, the second every token."""
-    half = len(SAMPLES) // 2
-    return [
-        (tokens, [position == len(tokens) - 1 or i >= half for position in range(len(tokens))])
-        for i, (tokens, _) in enumerate(SAMPLES)
-    ]
-
-
-def _weighted() -> list[Sample]:
-    """Learned tokens count between 0.0005 and 0.0025 each."""
-    return [
-        (tokens, [0.0005 * (1 + (position + i) % 5) * learned for position, learned in enumerate(mask)])
-        for i, (tokens, mask) in enumerate(SAMPLES)
-    ]
-
-
-@pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Path of the reference of a family on a sample set; each is computed once."""
-    folder = tmp_path_factory.mktemp("references")
-
-    def make(family: str, samples: str = "plain") -> Path:
-        path = folder / f"{family}-{samples}.pt"
-        if not path.exists():
-            sets = {"plain": SAMPLES, "lopsided": _lopsided(), "weighted": _weighted()}
-            torch.save(make_reference(family, sets[samples]), path)
-        return path
-
-    return make
-
-
-def _check(case: Case, name: str, ranks: RankPool, table: list[tuple[str, Row]]) -> None:
-    row = ranks.run(case.world_size, certify, case)[0]
+def _check(
+    case: Case,
+    name: str,
+    ranks: RankPool,
+    table: list[tuple[str, Row]],
+    *,
+    task: Callable[[int, int, Case], Row] = certify,
+) -> None:
+    row = ranks.run(case.world_size, task, case)[0]
     table.append((name, row))
     for figure in ("loss", "gradient", "grad_norm", "loss_after"):
         assert getattr(row, figure) <= getattr(BOUNDS, figure), f"{name}: {figure}: {row}"
 
 
-@pytest.mark.parametrize(
-    ("layout", "family", "packing", "split"),
-    [
-        *_pairwise(),
-        *(pytest.param(*row, marks=pytest.mark.certificate) for row in FULL if row not in _pairwise()),
-    ],
-)
+def test_any_two_settings_meet_in_few_rows() -> None:
+    meet = {pair for row in ROWS for pair in pairs_of(row)}
+    assert meet == {pair for row in EVERY_ROW for pair in pairs_of(row)}
+    assert len(ROWS) <= 40
+    assert sum(world_size(row) == MOST_RANKS for row in ROWS) <= 6
+    assert {row["objective"] for row in ROWS} == set(OBJECTIVES)
+    degrees = [(row["tensor"], row["pipeline"], row["data"], row["objective"] == "sft") for row in ROWS]
+    for sft in (True, False):  # all three at once, which no pair asks for
+        assert any(("TP2+SP", pipeline, "DP2", sft) in degrees for pipeline in ("PP2", "PP2×VPP2"))
+
+
+@pytest.mark.parametrize("row", rows_to_certify(sft=True), ids=name_of)
 def test_layout_equals_transformers(
+    row: Array,
+    ranks: RankPool,
+    references: Callable[..., Path],
+    certificate_table: list[tuple[str, Row]],
+) -> None:
+    world_size, keys, model = layout_of(row)
+    plan = PLANS[f"{PACKINGS[row['packing']]}, {row['split']}"]
+    case = Case(world_size, keys, model, references(row["family"]), SAMPLES, plan)
+    _check(case, name_of(row), ranks, certificate_table, task=certify_fused if row["kernels"] else certify)
+
+
+@pytest.mark.certificate
+@pytest.mark.parametrize(("layout", "family", "packing", "split"), FULL)
+def test_full_product(
     layout: str,
     family: str,
     packing: str,
@@ -152,18 +146,19 @@ def test_layout_equals_transformers(
     certificate_table: list[tuple[str, Row]],
 ) -> None:
     world_size, keys, model = LAYOUTS[layout]
-    case = Case(world_size, keys, model, references(family), SAMPLES, PLANS[f"{packing}, {split}"])
+    plan = PLANS[f"{PACKINGS[packing]}, {split}"]
+    case = Case(world_size, keys, model, references(family), SAMPLES, plan)
     _check(case, f"{layout} | {family} | {packing}, {split}", ranks, certificate_table)
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2×PP2×DP2+SP"])
+@pytest.mark.parametrize("layout", ["DP2", pytest.param("TP2×PP2×DP2+SP", marks=pytest.mark.certificate)])
 def test_very_unequal_loss_tokens(
     layout: str,
     ranks: RankPool,
     references: Callable[..., Path],
     certificate_table: list[tuple[str, Row]],
 ) -> None:
-    samples = _lopsided()
+    samples = SAMPLE_SETS["lopsided"]
     half = len(samples) // 2
     packs = [*_pack(list(range(half)), 256, 2), *_pack(list(range(half, len(samples))), 256, 2)]
     learned = [sum(sum(samples[i][1][1:]) for i in pack) for pack in packs]
@@ -174,16 +169,20 @@ def test_very_unequal_loss_tokens(
     _check(case, f"{layout} | llama | ranks with very unequal loss tokens", ranks, certificate_table)
 
 
+@pytest.mark.parametrize("layout", ["DP2", pytest.param("TP2×PP2×DP2+SP", marks=pytest.mark.certificate)])
 def test_weights_of_tokens(
-    ranks: RankPool, references: Callable[..., Path], certificate_table: list[tuple[str, Row]]
+    layout: str,
+    ranks: RankPool,
+    references: Callable[..., Path],
+    certificate_table: list[tuple[str, Row]],
 ) -> None:
     """Fractions that add up to less than 1: the mean is over weights."""
-    samples = _weighted()
+    samples = SAMPLE_SETS["weighted"]
     assert 0 < sum(sum(weights[1:]) for _, weights in samples) < 1
-    world_size, keys, model = LAYOUTS["TP2×PP2×DP2+SP"]
+    world_size, keys, model = LAYOUTS[layout]
     plan = PLANS["8 packs of 96, interleaved"]
     case = Case(world_size, keys, model, references("llama", "weighted"), samples, plan)
-    _check(case, "TP2×PP2×DP2+SP | llama | weights of tokens", ranks, certificate_table)
+    _check(case, f"{layout} | llama | weights of tokens", ranks, certificate_table)
 
 
 def test_head_alone_in_its_bucket(

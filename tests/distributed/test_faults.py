@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ from paralign.engine.stop import EXIT_STOPPED
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe
 
-TP2_PP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
+TP2_PP2 = TP2 | {"pipeline_model_parallel_size": 2}
 STEPS = 30
 
 
-def _recipe(toy: Path, name: str, **changes: Any) -> Path:
+def _recipe(toy: Path, name: str, n: int = 4, **changes: Any) -> Path:
     # Each save starts a process on every rank, which is most of what these tests take.
     settings = {
         "train__max_steps": STEPS,
         "train__eval_every_steps": None,
         "checkpoint__save_every_steps": None,
     }
-    return write_recipe(toy, name, TP2_PP2, **(settings | changes))
+    return write_recipe(toy, name, TP2 if n == 2 else TP2_PP2, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,20 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(toy: Path, ranks: RankPool) -> dict[int, float]:
-    ranks.run(4, train_recipe, _recipe(toy, "undisturbed"))
-    return _losses(toy / "undisturbed")
+def undisturbed_on(toy: Path, ranks: RankPool) -> Callable[[int], dict[int, float]]:
+    """Losses by number of ranks; each run is made once."""
+
+    @cache
+    def losses(n: int) -> dict[int, float]:
+        ranks.run(n, train_recipe, _recipe(toy, f"undisturbed-{n}", n))
+        return _losses(toy / f"undisturbed-{n}")
+
+    return losses
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_on: Callable[[int], dict[int, float]]) -> dict[int, float]:
+    return undisturbed_on(4)
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
@@ -86,27 +99,35 @@ def _wait_for_steps(run_dir: Path, n: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "n"),
+    [
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 4, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_saves_and_stops_all(
     number: signal.Signals,
+    n: int,
     toy: Path,
-    undisturbed: dict[int, float],
+    undisturbed_on: Callable[[int], dict[int, float]],
     launch: Callable[[Path], subprocess.Popen[str]],
     ranks: RankPool,
 ) -> None:
-    recipe = _recipe(toy, f"signal-{number.name}")
-    run_dir = toy / f"signal-{number.name}"
+    recipe = _recipe(toy, f"signal-{number.name}-{n}", n)
+    run_dir = toy / f"signal-{number.name}-{n}"
     process = launch(recipe)
     _wait_for_steps(run_dir, 2)
-    os.kill(_rank_pids(recipe)[3], number)
+    os.kill(_rank_pids(recipe)[n - 1], number)
     assert process.wait(60) == EXIT_STOPPED, process.communicate()[1]
     saved = store.latest(run_dir / "checkpoints")
     assert saved is not None
     assert store.read_progress(saved).step == max(_losses(run_dir)) + 1  # nothing done is lost
     assert not (run_dir / "hf/final").exists()
 
-    ranks.run(4, train_recipe, recipe)
-    assert _losses(run_dir) == undisturbed
+    ranks.run(n, train_recipe, recipe)
+    assert _losses(run_dir) == undisturbed_on(n)
 
 
 @pytest.mark.slow
@@ -187,14 +208,18 @@ def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
     train_recipe(rank, world_size, recipe)
 
 
-def test_nan_stops_the_run_and_is_located(toy: Path, undisturbed: dict[int, float], ranks: RankPool) -> None:
-    recipe = _recipe(toy, "nan-stop")
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nan_stops_the_run_and_is_located(
+    n: int, toy: Path, undisturbed_on: Callable[[int], dict[int, float]], ranks: RankPool
+) -> None:
+    name = f"nan-stop-{n}"
+    recipe = _recipe(toy, name, n)
     with pytest.raises(RankFailure, match=r"step 6: the gradient norm is nan; .*chats\.jsonl:\d+"):
-        ranks.run(4, nan_at_step_6, recipe)
-    root = toy / "nan-stop/checkpoints"
+        ranks.run(n, nan_at_step_6, recipe)
+    root = toy / name / "checkpoints"
     assert store.latest(root) == root / "iter_0000006"  # the weights before that step
-    ranks.run(4, train_recipe, recipe)
-    assert _losses(toy / "nan-stop") == undisturbed
+    ranks.run(n, train_recipe, recipe)
+    assert _losses(toy / name) == undisturbed_on(n)
 
 
 @pytest.mark.slow

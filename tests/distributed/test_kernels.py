@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +12,6 @@ import torch
 
 from paralign.engine.backends import ours
 from paralign.engine.build import DTYPES, random_weights
-from paralign.engine.kernels.head import read_head
 from paralign.engine.kernels.library import Found
 from paralign.engine.layout import LayoutConfig, resolve
 from paralign.engine.mesh import open_mesh
@@ -25,37 +23,26 @@ from paralign.engine.schedule import OptimizerConfig
 from paralign.engine.step import run_step
 from paralign.models import arch_from_hf
 
-from . import certificate
-from .certificate import Case, Row, certify, step_batch
+from .certificate import Case, step_batch
 from .comparing import assert_weights_equal, metrics_of
+from .fused import certify_fused
 from .pool import RankFailure, RankPool
-from .reference import make_reference
-from .test_certificate import BOUNDS, LAYOUTS, PLANS, SAMPLES
+from .reference import SAMPLES
+from .test_certificate import BOUNDS, LAYOUTS, PLANS
 from .toy import make_toy, train_recipe, write_recipe
 
 PLAN = PLANS["8 packs of 96, in order"]
 CLIP = 0.1
 
 
-# Logits of a few rows at a time, so that the head makes its gradients in the forward pass.
-FUSED_IN_CHUNKS = replace(ours.FUSED, read_head=partial(read_head, workspace_bytes=2**13))
-
-
-def certify_fused(rank: int, world_size: int, case: Case) -> Row:
-    with (
-        mock.patch.object(ours, "TORCH", FUSED_IN_CHUNKS),
-        mock.patch.object(certificate, "Optimizer", partial(Optimizer, fused=True)),
-    ):
-        return certify(rank, world_size, case)
-
-
 @pytest.mark.parametrize(
     ("layout", "family", "model"),
     [
-        ("1", "llama", {}),
         ("1", "llama", {"kernels": "reference"}),  # Megatron's own accumulation of weight gradients
-        ("TP2", "qwen2", {}),  # tied embeddings
-        ("TP2×PP2×DP2+SP, VPP2, overlap, recompute 2", "llama", {}),
+        pytest.param("TP2", "qwen2", {}, marks=pytest.mark.certificate),  # tied embeddings
+        pytest.param(
+            *("TP2×PP2×DP2+SP, VPP2, overlap, recompute 2", "llama", {}), marks=pytest.mark.certificate
+        ),
     ],
 )
 def test_fused_operations_equal_transformers(
@@ -63,13 +50,11 @@ def test_fused_operations_equal_transformers(
     family: str,
     model: dict,
     ranks: RankPool,
-    tmp_path: Path,
+    references: Callable[[str], Path],
     certificate_table: list,
 ) -> None:
     world_size, keys, more = LAYOUTS[layout]
-    reference = tmp_path / f"{family}.pt"
-    torch.save(make_reference(family, SAMPLES), reference)
-    case = Case(world_size, keys, {**more, **model}, reference, SAMPLES, PLAN)
+    case = Case(world_size, keys, {**more, **model}, references(family), SAMPLES, PLAN)
     row = ranks.run(world_size, certify_fused, case)[0]
     certificate_table.append((f"{layout} | {family} | fused operations {model or ''}", row))
     for figure in ("loss", "gradient", "grad_norm", "loss_after"):
@@ -115,14 +100,16 @@ def train_in_bf16(
         return norms, after_one_step
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2×PP2×DP2+SP, VPP2, overlap, recompute 2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["DP2", pytest.param("TP2×PP2×DP2+SP, VPP2, overlap, recompute 2", marks=pytest.mark.slow)],
+)
 def test_the_fused_update_is_torchs_and_writes_the_models_weights(
-    layout: str, ranks: RankPool, tmp_path: Path
+    layout: str, ranks: RankPool, references: Callable[[str], Path]
 ) -> None:
     """In bf16, divided over ranks; the gradient's norm is above the limit, so that the factor counts."""
     world_size, keys, _ = LAYOUTS[layout]
-    torch.save(make_reference("llama", SAMPLES), tmp_path / "llama.pt")
-    case = Case(world_size, keys, {}, tmp_path / "llama.pt", SAMPLES, PLAN)
+    case = Case(world_size, keys, {}, references("llama"), SAMPLES, PLAN)
     ours, theirs = (ranks.run(world_size, train_in_bf16, case, fused) for fused in (True, False))
     for (norms, mains), (their_norms, their_mains) in zip(ours, theirs, strict=True):
         assert min(norms) > 2 * CLIP
@@ -147,21 +134,22 @@ def train_recipe_fused(rank: int, world_size: int, recipe: Path, stop_before: in
         train_recipe(rank, world_size, recipe, stop_before)
 
 
+@pytest.mark.parametrize(("tp", "n"), [(1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_fused_training_resumes_equal_to_the_bit_and_from_torchs_state(
-    ranks: RankPool, tmp_path: Path
+    tp: int, n: int, ranks: RankPool, tmp_path: Path
 ) -> None:
     make_toy(tmp_path)
-    layout = {"tensor_model_parallel_size": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    layout = {"tensor_model_parallel_size": tp, "overlap_grad_reduce": True, "overlap_param_gather": True}
     unsaved = {"checkpoint__save_every_steps": None}
-    ranks.run(4, train_recipe_fused, write_recipe(tmp_path, "straight", layout))
+    ranks.run(n, train_recipe_fused, write_recipe(tmp_path, "straight", layout))
     half = "checkpoints/iter_0000005"
     shutil.copytree(tmp_path / "straight" / half, tmp_path / "resumed" / half)
-    ranks.run(4, train_recipe_fused, write_recipe(tmp_path, "resumed", layout, **unsaved))
+    ranks.run(n, train_recipe_fused, write_recipe(tmp_path, "resumed", layout, **unsaved))
     losses = _losses(tmp_path / "straight")
     assert _losses(tmp_path / "resumed") == {key: value for key, value in losses.items() if key[0] >= 5}
     assert_weights_equal(tmp_path / "resumed/hf/final", tmp_path / "straight/hf/final")
 
     with pytest.raises(RankFailure):
-        ranks.run(4, train_recipe, write_recipe(tmp_path, "mixed", layout), 5)  # killed behind its save
-    ranks.run(4, train_recipe_fused, write_recipe(tmp_path, "mixed", layout, **unsaved))
+        ranks.run(n, train_recipe, write_recipe(tmp_path, "mixed", layout), 5)  # killed behind its save
+    ranks.run(n, train_recipe_fused, write_recipe(tmp_path, "mixed", layout, **unsaved))
     assert _losses(tmp_path / "mixed") == pytest.approx(losses, rel=1e-5)

@@ -25,10 +25,10 @@ from paralign.models.head_read import Quantity
 
 from .certificate import Case, step_batch
 from .pool import RankPool
-from .reference import make_samples, tiny_model
+from .reference import SAMPLES, tiny_model
 from .test_certificate import LAYOUTS, OVERLAP, PLANS
 
-SAMPLES, PLAN = make_samples(), PLANS["8 packs of 96, in order"]
+PLAN = PLANS["8 packs of 96, in order"]
 SETTINGS = OptimizerConfig(lr=1e-2, lr_decay_style="constant", lr_warmup_steps=0, weight_decay=0.1)
 CASES: dict[str, tuple[int, dict[str, Any], str, str]] = {
     # In fp32 the optimizer's main weights are views of the buffer that holds the model's.
@@ -114,7 +114,9 @@ def _lend_to_a_scorer(model: Model, scorer: Model, optimizer: Optimizer, read: A
     assert all(map(torch.equal, _bits(model, optimizer), before))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if CASES[name][0] == 8 else ()) for name in CASES]
+)
 def test_the_next_step_is_that_of_a_model_that_lent_nothing(name: str, ranks: RankPool) -> None:
     world_size, keys, dtype, family = CASES[name]
     for undisturbed, lent in ranks.run(world_size, lend_between_steps, keys, dtype, family):

@@ -49,7 +49,7 @@ def _copy_first_checkpoint(directory: Path, name: str) -> None:
     shutil.copytree(directory / "straight/checkpoints/iter_0000005", root / "iter_0000005")
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_same_layout_is_equal_to_the_bit(trained: Path, async_save: bool, ranks: RankPool) -> None:
     name = f"killed-{async_save}"
     recipe = write_recipe(trained, name, TP2_PP2_DP2, checkpoint__async_save=async_save)

@@ -15,6 +15,7 @@ from paralign.engine.rank import train
 from paralign.engine.recipe import load
 from paralign.engine.stop import Stop
 
+from ..tiny import write_tokenizer
 from .reference import tiny_model
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "tree", "bird", "fish"]
@@ -22,20 +23,16 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "
 
 def make_toy(directory: Path, *, family: str = "llama", n_chats: int = 120) -> None:
     """Write `model/` (tokenizer and random weights) and `chats.jsonl`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "[UNK]"]
-    vocabulary = {token: i for i, token in enumerate([*special, "user", "assistant", "system", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", unk_token="[UNK]"
+    marks = ["<|im_start|>", "<|im_end|>"]
+    tiny_model(family, layers=4).save_pretrained(directory / "model")
+    write_tokenizer(
+        directory / "model",
+        ["<|pad|>", *marks, "[UNK]", "user", "assistant", "system", *WORDS],
+        marks=marks,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        unk_token="[UNK]",
     )
-    fast.add_special_tokens({"additional_special_tokens": special[1:3]})
-    model = tiny_model(family, layers=4)
-    model.save_pretrained(directory / "model")
-    fast.save_pretrained(directory / "model")
     generator = random.Random(5)
     with (directory / "chats.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(n_chats):

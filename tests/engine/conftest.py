@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from ..tiny import config_keys, write_tokenizer
 
 RECIPE = """\
 objective: sft
@@ -58,7 +59,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for i in range(1, count + 1)
         ]
         (tmp_path / name).write_text("".join(json.dumps(turn) + "\n" for turn in turns))
-    _write_model(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config_keys(num_hidden_layers=4)))
+    marks = ["<|im_start|>", "<|im_end|>"]
+    words = ["[UNK]", "hi", "yo", "user", "assistant", *marks]
+    write_tokenizer(tmp_path / "model", words, marks=marks, unk_token="[UNK]", eos_token="<|im_end|>")
     return tmp_path
 
 
@@ -74,51 +79,3 @@ def native(project: Path) -> Path:
     LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")
     convert(Path("model"), Path("native"), progress=False)
     return Path("native")
-
-
-def _write_model(directory: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-    directory.mkdir()
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hi": 1, "yo": 2, "user": 3, "assistant": 4}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
-    words.save(str(directory / "tokenizer.json"))
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "unk_token": "[UNK]",
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 9,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-        "rope_theta": 10000.0,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def one_layer_llama() -> Any:
-    """The smallest Llama with grouped queries, weights from seed 0."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=37,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )

@@ -12,17 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from paralign.engine import writing
 from paralign.engine.checkpoint import rawfile
@@ -34,15 +24,7 @@ from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
 
 from ..models.baichuan2_reference import BaichuanConfig, BaichuanForCausalLM
-
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from ..tiny import random_model
 
 
 def native_state(directory, padded_to=40):
@@ -66,9 +48,8 @@ def save_checkpoint(directory, source, state):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16).save_pretrained(directory)
+    random_model("llama").to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
@@ -79,8 +60,7 @@ def checkpoint(tmp_path, source):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_that_went_in_comes_out(tmp_path, tied):
-    torch.manual_seed(0)
-    original = Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=tied)).to(torch.bfloat16)
+    original = random_model("qwen2", tie_word_embeddings=tied).to(torch.bfloat16)
     original.save_pretrained(tmp_path / "source")
     src = save_checkpoint(tmp_path / "iter_0000100", tmp_path / "source", native_state(tmp_path / "source"))
     report = convert(src, tmp_path / "out/dst", max_shard_size="4KB", progress=False)
@@ -181,17 +161,16 @@ def test_a_disk_that_lies_is_noticed_and_leaves_nothing(tmp_path, checkpoint, mo
 
 
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=8, sliding_window=None)),
-    "qwen2, tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
+    "llama": {},
+    "mistral": {"head_dim": 8, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_equal(tmp_path, family):
-    torch.manual_seed(0)
-    FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    random_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     there = convert(tmp_path / "hf", tmp_path / "native", max_shard_size="4KB", workers=2, progress=False)
     assert (there.kind, there.verified) == ("native", True)
     assert there.files > 2
@@ -303,7 +282,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_gone_on_with(tmp_path, sourc
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_named(tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model = random_model("llama")
     model.model.norm.weight.data[3] = -1e6
     model.save_pretrained(tmp_path / "hf")
     with pytest.raises(WeightsError, match=r"final_layernorm.weight: holds 1e\+06, too large for float16"):
@@ -320,7 +299,7 @@ def test_the_same_model_is_the_same_bytes(tmp_path, source):
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_value_that_is_not_finite_is_named(tmp_path, value):
-    model = LlamaForCausalLM(LlamaConfig(**SMALL)).to(torch.bfloat16)
+    model = random_model("llama").to(torch.bfloat16)
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = value
     model.save_pretrained(tmp_path / "hf")
     with pytest.raises(WeightsError, match=r"layers.1.mlp.linear_fc2.weight: holds NaN or Inf"):
@@ -353,7 +332,7 @@ def test_converting_and_merging_import_no_megatron():
 
 def test_what_the_user_has_put_aside_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained("model")
+    random_model("llama").save_pretrained("model")
     for name in ("out.old", "out.old.part", "out.part", "out.aside"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious.txt").write_text(name)

@@ -7,16 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paralign.engine.checkpoint.hf import (
     Assets,
@@ -32,26 +23,19 @@ from paralign.models import rules_for
 from paralign.models.errors import WeightsError
 from paralign.models.weights import bit_equal
 
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+from ..tiny import random_model, write_tokenizer
+
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen2_tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
+    "llama": ("llama", False),
+    "llama_tied": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen2_tied": ("qwen2", True),
 }
 
 
 def save_model(directory, kind="llama", max_shard_size="6KB"):
-    torch.manual_seed(0)
-    model = MODELS[kind]().to(torch.bfloat16)
+    family, tied = MODELS[kind]
+    model = random_model(family, num_hidden_layers=3, tie_word_embeddings=tied).to(torch.bfloat16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # biases and norms too, so that nothing is constant
     model.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -59,11 +43,9 @@ def save_model(directory, kind="llama", max_shard_size="6KB"):
 
 
 def save_tokenizer(directory):
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<eos>": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(directory)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    words = ["<unk>", "hello", "<eos>"]
+    write_tokenizer(directory, words, unk_token="<unk>", eos_token="<eos>", chat_template=template)
 
 
 def export(reader, directory, *, stages=1, tp=2, max_shard_bytes=6000):

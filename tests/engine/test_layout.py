@@ -11,22 +11,20 @@ from paralign.engine.layout import LayoutConfig, layers_of_stage, resolve
 from paralign.models import arch_from_hf
 from paralign.models.errors import LayoutError
 
+from ..tiny import config_keys
+
 
 def llama(layers: int = 80, heads: int = 64, groups: int = 8, ffn: int = 28672):
     return arch_from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_act": "silu",
-            "hidden_size": 128 * heads,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192,
-            "rope_theta": 5e5,
-        }
+        config_keys(
+            hidden_size=128 * heads,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+        )
     )
 
 

@@ -13,7 +13,7 @@ from paralign.engine.cli import app
 from paralign.engine.convert import convert
 from paralign.models.errors import WeightsError
 
-from .conftest import one_layer_llama
+from ..tiny import random_model
 
 NORM = "model.layers.0.input_layernorm.weight"
 
@@ -21,7 +21,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    one_layer_llama().to(torch.bfloat16).save_pretrained(root / "source")
+    random_model("llama", num_hidden_layers=1).to(torch.bfloat16).save_pretrained(root / "source")
     convert(root / "source", root / "hf", to="hf", progress=False)
     convert(root / "source", root / "native", progress=False)
     return root

@@ -7,21 +7,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from paralign.engine.checkpoint.manifest import check_against_manifest, compare
 from paralign.engine.convert import convert
 from paralign.engine.merge import load_merge, merge
 from paralign.models.errors import RecipeError, WeightsError
 
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from ..tiny import random_model
+
 TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "</s>", "id": 2}]}
 NORM = "model.norm.weight"
 
@@ -31,8 +25,7 @@ def parents(tmp_path_factory):
     """`base`, `one`, `two` and `three`, of one tokenizer."""
     root = tmp_path_factory.mktemp("parents")
     for seed, name in enumerate(("base", "one", "two", "three")):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(root / name)
+        random_model("llama", seed=seed).save_pretrained(root / name)
         (root / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     return root
 
@@ -173,7 +166,7 @@ def test_a_merge_that_cannot_be_is_refused_with_its_line(tmp_path, keys, words):
 
 
 def test_models_of_unlike_shapes_or_tokenizers_are_refused(tmp_path, parents):
-    LlamaForCausalLM(LlamaConfig(**SMALL | {"intermediate_size": 32})).save_pretrained(tmp_path / "wide")
+    random_model("llama", intermediate_size=32).save_pretrained(tmp_path / "wide")
     shutil.copytree(parents / "two", tmp_path / "renamed")
     other = {**TOKENIZER, "model": {"vocab": {"a": 1, "b": 0}}}
     (tmp_path / "renamed/tokenizer.json").write_text(json.dumps(other))

@@ -12,6 +12,8 @@ from paralign.engine.recipe import Recipe, dump, load
 from paralign.models import arch_from_hf
 from paralign.models.errors import RecipeError
 
+from ..tiny import config_keys
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
 
@@ -53,19 +55,16 @@ def test_a_shipped_layout_fits_its_model(
 ) -> None:
     recipe = load(ROOT / f"recipes/sft/{name}.yaml")
     arch = arch_from_hf(
-        {
-            "architectures": [architecture],
-            "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192,
-            "rope_theta": 5e5,
-        }
+        config_keys(
+            architecture,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+        )
     )
     layout = resolve(
         recipe.layout,

@@ -16,20 +16,18 @@ from paralign.models.arch import Arch
 from paralign.models.errors import LayoutError
 from paralign.models.weights import bit_equal
 
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
-    "rope_theta": 5e5,
-    "torch_dtype": "bfloat16",
-}
+from ..tiny import config_keys
+
+LLAMA_70B = config_keys(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    torch_dtype="bfloat16",
+)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from paralign.engine.checkpoint.manifest import check_against_manifest, compare
 from paralign.engine.convert import convert
 from paralign.engine.merge import load_merge, merge
 
-from .conftest import one_layer_llama
+from ..tiny import random_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    one_layer_llama().save_pretrained(directory / "hf")
+    random_model("llama", num_hidden_layers=1).save_pretrained(directory / "hf")
     convert(directory / "hf", directory / "native")
     return directory
 

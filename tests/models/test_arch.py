@@ -15,6 +15,8 @@ from paralign.models import FAMILIES, arch_from_hf, parameter_count
 from paralign.models.arch import RopeScaling
 from paralign.models.errors import WeightsError
 
+from ..tiny import config_keys
+
 SMALL = {
     "vocab_size": 37,
     "hidden_size": 24,
@@ -25,7 +27,7 @@ SMALL = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64,
 }
-LLAMA = SMALL | {"architectures": ["LlamaForCausalLM"], "rope_theta": 5e5, "torch_dtype": "bfloat16"}
+LLAMA = config_keys(**SMALL, torch_dtype="bfloat16")
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 SHAPE = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from paralign.engine.data.cache import build_or_open
 from paralign.engine.data.config import DataConfig
 from paralign.engine.data.render import template_text
+
+from ...tiny import random_model
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -97,8 +99,7 @@ def theirs(
     """input_ids and labels of each record, as TRL's collator hands them to the model."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, chat_template=template)
     tokenizer.pad_token = tokenizer.eos_token  # which must not hide the token that stops a turn
-    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    model = random_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
     config = trl.SFTConfig(
         output_dir=str(out),
         assistant_only_loss=True,

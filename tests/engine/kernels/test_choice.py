@@ -23,7 +23,7 @@ from paralign.models.attention import sdpa_attention
 from paralign.models.decoder import Parts
 from paralign.models.errors import RecipeError
 
-from ...distributed.reference import tiny_model
+from ...tiny import config_keys
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_kernels_torch_runs_and_with_them_our_operations(
     not_built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arch, cpu = arch_from_hf(tiny_model("llama").config.to_dict()), torch.device("cpu")
+    arch, cpu = arch_from_hf(config_keys()), torch.device("cpu")
     fused, torchs = (parts_of(arch, operations, sdpa_attention) for operations in (FUSED, TORCH))
 
     def parts(kernels: Kernels) -> Parts:
@@ -66,13 +66,13 @@ def test_required_refuses_the_fallback_and_says_why(not_built: Path) -> None:
         RecipeError, match=r"model.kernels: required, but they are not built; run `paralign kernels"
     ):
         backend_of(ModelConfig(hf=Path(), dtype="bf16", kernels="required"))
-    arch = arch_from_hf(tiny_model("llama").config.to_dict())
+    arch = arch_from_hf(config_keys())
     told = Ours().facts(arch, torch.device("cpu"), torch.float32)
     assert told["kernels"] == "torch (not built; run `paralign kernels build`)"
 
 
 def test_a_model_that_the_backend_has_no_part_for_is_refused_at_the_check() -> None:
-    arch = replace(arch_from_hf(tiny_model("llama").config.to_dict()), alibi=True)
+    arch = replace(arch_from_hf(config_keys()), alibi=True)
     section = ModelConfig(hf=Path(), dtype="bf16", attention_backend="varlen")
     with pytest.raises(RecipeError, match="varlen takes no ALiBi slopes; or set it to auto"):
         check_backend(section, arch)
