@@ -27,7 +27,7 @@ CHILD = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from paralign.engine.convert import convert
+from paralign.engine.checkpoint.convert import convert
 source, destination, workers = sys.argv[1:]
 report = convert(Path(source), Path(destination), workers=int(workers), progress=False)
 print(json.dumps(asdict(report)))

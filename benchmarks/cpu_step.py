@@ -28,16 +28,16 @@ import torch
 from one_rank import one_rank
 
 from paralign.engine.batch import StepBatch, Unit
+from paralign.engine.config.model import ModelConfig
+from paralign.engine.config.optimizer import OptimizerConfig
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import SFT
-from paralign.engine.optim import Optimizer
-from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.step import report, run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.model import Model
+from paralign.engine.training.optim import Optimizer
+from paralign.engine.training.step import report, run_step
 from paralign.models import arch_from_hf
 
 TOKENS_PER_PACK, PACKS_PER_STEP, STEPS_PER_ROUND = 1024, 4, 3

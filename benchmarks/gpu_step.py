@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 from one_rank import one_rank
+from paralign.engine.kernels.parts import describe_kernels, fused
 from preference import best_packs, padded_packs
 from step_peers import SETTINGS, megatron_sft, transformers_sft, trl_dpo, trl_sft, trl_sft_with_liger
 from step_workload import (
@@ -52,19 +53,18 @@ from step_workload import (
 )
 
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
-from paralign.engine.build import DTYPES, random_weights
+from paralign.engine.columns.fillers import KeptReference
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.answers import AnswerLayout, Group
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.kernels.parts import describe_kernels, fused
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import SFT, Objective
 from paralign.engine.objectives.dpo import DPO, DPOConfig
-from paralign.engine.optim import Optimizer
-from paralign.engine.score import KeptReference
-from paralign.engine.step import report, run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.build import DTYPES, random_weights
+from paralign.engine.training.model import Model
+from paralign.engine.training.optim import Optimizer
+from paralign.engine.training.step import report, run_step
 from paralign.models import arch_from_hf
 
 Kernels = Literal["auto", "reference"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from paralign.engine.mesh import open_world
+from paralign.engine.parallel.mesh import open_world
 
 
 @contextmanager

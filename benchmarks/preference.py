@@ -38,16 +38,16 @@ from one_rank import one_rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
+from paralign.engine.columns.fillers import KeptReference, put_reference
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives.dpo import DPO, DPOConfig
-from paralign.engine.score import KeptReference, put_reference
-from paralign.engine.step import run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.model import Model
+from paralign.engine.training.step import run_step
 from paralign.models import arch_from_hf
 
 TOKENS_PER_PACK, BATCH, BETA, VOCABULARY = 8192, 4, 0.1, 2048

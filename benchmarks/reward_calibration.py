@@ -27,19 +27,19 @@ import torch
 from one_rank import one_rank
 
 from paralign.engine.batch import Column, Head, StepBatch, Unit
-from paralign.engine.build import random_weights
+from paralign.engine.columns.fillers import score_values
+from paralign.engine.config.model import ModelConfig
+from paralign.engine.config.optimizer import OptimizerConfig
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, rows_of
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.data.packing import plan_packs
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives.reward import Reward, RewardConfig
-from paralign.engine.optim import Optimizer
-from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.score import score_values
-from paralign.engine.step import report, run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import Mesh, open_mesh
+from paralign.engine.training.build import random_weights
+from paralign.engine.training.model import Model
+from paralign.engine.training.optim import Optimizer
+from paralign.engine.training.step import report, run_step
 from paralign.models import arch_from_hf
 
 N_TRAIN, N_HELD_OUT, TOKENS_PER_PACK, SCALE, NOISE = 96, 400, 512, 6.0, 0.5

@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from paralign.engine.check import open_set
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.recipe import load
+from paralign.engine.run.check import open_set
+from paralign.engine.run.recipe import load
 
 ONE_STEP = (
     "train.max_steps=1",
@@ -28,7 +28,7 @@ ONE_STEP = (
     "train.eval_every_steps=null",
     "checkpoint.save_every_steps=null",
 )
-IMPORTS = "import paralign.engine.build, paralign.engine.optim, paralign.engine.step, transformers"
+IMPORTS = "import paralign.engine.run.assemble, transformers"
 
 
 def main() -> None:

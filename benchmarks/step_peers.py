@@ -33,14 +33,14 @@ from step_workload import (
 )
 
 from paralign.engine.backends import backend_of
-from paralign.engine.build import DTYPES, random_weights, transformer_config, wrap_for_data_parallel
+from paralign.engine.config.model import ModelConfig
+from paralign.engine.config.optimizer import OptimizerConfig
 from paralign.engine.data.answers import Group
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model_section import ModelConfig
-from paralign.engine.optim import Optimizer
-from paralign.engine.schedule import OptimizerConfig
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.build import DTYPES, random_weights, transformer_config, wrap_for_data_parallel
+from paralign.engine.training.optim import Optimizer
 from paralign.models import arch_from_hf, rules_for
 
 SETTINGS = OptimizerConfig(

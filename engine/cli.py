@@ -13,7 +13,7 @@ from paralign import __version__
 from paralign.models.errors import LayoutError, ParalignError
 
 if TYPE_CHECKING:
-    from .writing import Report
+    from .checkpoint.writing import Report
 
 app = typer.Typer(
     help="Alignment training of large language models, from Hugging Face weights to Hugging Face weights.",
@@ -78,11 +78,11 @@ def train(
 
     Over several machines, start `paralign.engine.run` by torchrun or srun instead.
     """
-    from .check import check
-    from .launch import rank_environment, run_local
-    from .rank import REPLAY
-    from .recipe import load
-    from .stop import Stop
+    from .processes.launch import rank_environment, run_local
+    from .processes.stop import Stop
+    from .run.check import check
+    from .run.rank import REPLAY
+    from .run.recipe import load
 
     world_size = rank_environment().world_size
     if world_size > 1:
@@ -112,9 +112,9 @@ def launch(
     print_only: Annotated[bool, typer.Option("--print", help="Show the script and submit nothing.")] = False,
 ) -> None:
     """Check a recipe, then submit it to SLURM."""
-    from .check import check
-    from .recipe import load
-    from .slurm import Job, batch_script, submit
+    from .processes.slurm import Job, batch_script, submit
+    from .run.check import check
+    from .run.recipe import load
 
     loaded = load(recipe, overrides or ())
     job = Job(nodes, gpus_per_node, partition, account, time, requeue)
@@ -133,8 +133,8 @@ def check_command(
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to check for; default: tp × pp.")] = None,
 ) -> None:
     """Check a recipe against its model, its data and a number of GPUs."""
-    from .check import check
-    from .recipe import load
+    from .run.check import check
+    from .run.recipe import load
 
     Console(highlight=False).print(check(load(recipe, overrides or ()), gpus, progress=True))
 
@@ -171,9 +171,9 @@ def convert(
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree of --dry-run.")] = 1,
 ) -> None:
     """Convert a model between Hugging Face's form and the native one, tensor by tensor."""
-    from .convert import convert as convert_weights
-    from .rule_table import rule_table
-    from .writing import dtype_named
+    from .checkpoint.convert import convert as convert_weights
+    from .checkpoint.rule_table import rule_table
+    from .checkpoint.writing import dtype_named
 
     if dry_run:
         for line in rule_table(source, tp=tp, pp=pp, dtype=None if dtype is None else dtype_named(dtype)):
@@ -227,8 +227,8 @@ def merge(
     workers: Workers = 1,
 ) -> None:
     """Merge several models of one shape into one, tensor by tensor."""
-    from .merge import load_merge
-    from .merge import merge as merge_models
+    from .checkpoint.merge import load_merge
+    from .checkpoint.merge import merge as merge_models
 
     report = merge_models(
         load_merge(config), destination, to=to, max_shard_size=max_shard_size, seed=seed, workers=workers
@@ -263,9 +263,9 @@ def score(
 
     One process by itself; for a model that needs several, `torchrun … -m paralign.engine.cli score …`.
     """
-    from .launch import rank_environment
-    from .layout import LayoutConfig
-    from .score_file import score_file
+    from .parallel.layout import LayoutConfig
+    from .processes.launch import rank_environment
+    from .run.score_file import score_file
 
     env = rank_environment()
     layout = LayoutConfig.model_validate(
@@ -308,7 +308,7 @@ def inspect_data(
     """Show samples as the model sees them, with what is learned token by token."""
     from .data.inspect import inspect_set
     from .objectives import build_objective
-    from .recipe import load
+    from .run.recipe import load
 
     loaded = load(recipe, overrides or ())
     console = Console(highlight=False, soft_wrap=True)
@@ -327,9 +327,9 @@ def inspect_data(
 @data_app.command("pack")
 def pack_data(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Tokenise and pack the data of a recipe, and print what came of it."""
-    from .check import open_set
     from .data.statistics import set_statistics
-    from .recipe import load
+    from .run.check import open_set
+    from .run.recipe import load
 
     loaded = load(recipe, overrides or ())
     console = Console(highlight=False, soft_wrap=True)

@@ -15,19 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower floors first: a room may import rooms of lower floors only.
 FLOORS = [
-    {"stop"},
-    {"array_file", "batch", "config", "kernels", "launch", "merge_methods", "slurm", "whole_file"},
-    {"columns", "data", "layout", "model_section", "objectives", "observe", "recipe_file", "schedule"},
-    {"backends"},
-    {"mesh", "optim"},
-    {"build"},
-    {"model"},
-    {"checkpoint", "score", "step", "steps"},
-    {"generate", "learner", "recipe", "reference", "rule_table", "writing"},
-    {"check", "convert", "score_file", "trainer"},
-    {"assemble", "merge", "replay"},
-    {"rank"},
-    {"cli", "run"},
+    {"files", "processes"},
+    {"batch", "config", "kernels"},
+    {"backends", "data", "objectives", "observe", "parallel"},
+    {"checkpoint"},
+    {"training"},
+    {"columns"},
+    {"rollout"},
+    {"run"},
+    {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -91,7 +87,7 @@ def test_engine_imports_downwards(path: Path) -> None:
 def test_checking_a_recipe_starts_at_once() -> None:
     """Neither the command line nor what checks, converts and inspects costs megatron-core's five seconds."""
     code = (
-        "import sys; import paralign.engine.cli, paralign.engine.check, paralign.engine.convert; "
+        "import sys; import paralign.engine.cli, paralign.engine.run.check, paralign.engine.checkpoint.convert; "
         "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from paralign.engine.config import Section, meaning
-from paralign.engine.recipe import Recipe
+from paralign.engine.config.decoding import Section, meaning
+from paralign.engine.run.recipe import Recipe
 
 
 def reference() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paralign.models.arch import Arch
 from paralign.models.errors import RecipeError
 
-from ..model_section import ModelConfig
+from ..config.model import ModelConfig
 from .base import Backend
 
 

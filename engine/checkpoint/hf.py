@@ -27,7 +27,7 @@ from paralign.models.errors import WeightsError
 from paralign.models.weights import Rule, Shape, Views, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
-from ..whole_file import write_whole
+from ..files.whole_file import write_whole
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
 SINGLE = "model.safetensors"

@@ -15,7 +15,7 @@ from typing import Any
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Rule, Views, bit_equal, in_blocks
 
-from ..whole_file import write_whole
+from ..files.whole_file import write_whole
 from .rawfile import raw
 from .source import ModelSource, open_source
 from .workers import ByteBar, over

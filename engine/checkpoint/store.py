@@ -19,7 +19,7 @@ from pathlib import Path
 
 from paralign.models.errors import CheckpointError
 
-from ..whole_file import remove_directory, replace_directory, write_whole
+from ..files.whole_file import remove_directory, replace_directory, write_whole
 from .config import CheckpointConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..config import Section
+from ..config.decoding import Section
 from .conversation import Column
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]

@@ -29,9 +29,9 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
-from ..array_file import read_array, read_arrays
 from ..batch import Kind
-from ..whole_file import name_directory
+from ..files.array_file import read_array, read_arrays
+from ..files.whole_file import name_directory
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
 from .render import template_text

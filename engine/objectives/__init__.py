@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ..config import Section
+from ..config.decoding import Section
 from .base import Objective
 from .cpo import CPO
 from .dpo import DPO

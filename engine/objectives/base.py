@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Column, Head, Kind, LossSum, PackedBatch, Unit
-from ..config import Section
+from ..config.decoding import Section
 
 
 class Objective(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ..config import Section
+from ..config.decoding import Section
 
 
 class AnswerSection(Section):

@@ -10,7 +10,7 @@ import torch
 from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Kind, LossSum, PackedBatch, Unit
-from ..config import Section
+from ..config.decoding import Section
 from .base import Objective
 
 

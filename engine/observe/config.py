@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from paralign.models.errors import RecipeError
 
-from ..config import Section
+from ..config.decoding import Section
 
 TokenMetric = Literal["entropy", "mean_token_accuracy", "num_tokens"]
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..stop import Stop
+from ..processes.stop import Stop
 
 EXIT_STALLED = 76
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..whole_file import write_whole
+from ..files.whole_file import write_whole
 
 WORTH_WRITING = 1.01  # how much some peak must grow before the file is written again
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from paralign.models.errors import ParalignError
 
-from ..whole_file import write_whole
+from ..files.whole_file import write_whole
 from .config import ObserveConfig
 
 _SHOWN: dict[str, Callable[[float], str]] = {

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paralign.engine.batch import PackedBatch, StepBatch, Unit
+from paralign.engine.config.model import ModelConfig
+from paralign.engine.config.optimizer import OptimizerConfig
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
-from paralign.engine.optim import Optimizer
-from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.step import run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import Mesh, open_mesh
+from paralign.engine.training.model import Model
+from paralign.engine.training.optim import Optimizer
+from paralign.engine.training.step import run_step
 from paralign.models import arch_from_hf, rules_for
 
 from .reference import BETAS, CLIP, EPS, LR, STEPS, WEIGHT_DECAY, Reference, Sample

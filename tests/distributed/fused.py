@@ -8,7 +8,7 @@ from unittest import mock
 
 from paralign.engine.backends import ours
 from paralign.engine.kernels.head import read_head
-from paralign.engine.optim import Optimizer
+from paralign.engine.training.optim import Optimizer
 
 from . import certificate
 from .certificate import Case, Row, certify

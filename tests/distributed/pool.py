@@ -19,9 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from paralign.engine.parallel.mesh import open_world
+
 # Imported before the fork, so that no rank pays for it again.
-from paralign.engine import build, optim, step  # noqa: F401
-from paralign.engine.mesh import open_world
+from paralign.engine.training import build, optim, step  # noqa: F401
 
 Task = Callable[..., Any]
 # gloo's threads outlive their groups, some twenty a task on each rank; by the hundredth task they cost more than

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from paralign.engine.batch import Column, Head, PackedBatch, StepBatch, Unit
+from paralign.engine.columns.fillers import Baseline, KeptReference, put_reference, score_answers
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.answers import AnswerLayout, Group, mismatch, rows_of
 from paralign.engine.data.pack import pack_groups
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import Mesh, open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import Objective, build_objective
-from paralign.engine.score import Baseline, KeptReference, put_reference, score_answers
-from paralign.engine.step import report, run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import Mesh, open_mesh
+from paralign.engine.training.model import Model
+from paralign.engine.training.step import report, run_step
 from paralign.models import arch_from_hf
 
 from .certificate import _gather_gradients, _worst_gradient

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paralign.engine import model as model_room
 from paralign.engine.backends.ours import TORCH, Ours, parts_of
+from paralign.engine.training import model as model_room
 from paralign.models.arch import Arch
 from paralign.models.attention import sdpa_attention
 from paralign.models.decoder import Parts

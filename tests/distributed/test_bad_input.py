@@ -27,7 +27,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _launch(recipe: Path, world_size: int = 2) -> subprocess.CompletedProcess[str]:
     """Ranks without the check that `paralign train` makes first: as torchrun and srun start them."""
     code = (
-        "import sys; from pathlib import Path; from paralign.engine.launch import run_local; "
+        "import sys; from pathlib import Path; from paralign.engine.processes.launch import run_local; "
         f"sys.exit(run_local(Path({str(recipe)!r}), [], {world_size}))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

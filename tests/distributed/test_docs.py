@@ -18,13 +18,13 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from paralign.engine import launch
-from paralign.engine.check import check
 from paralign.engine.cli import app
 from paralign.engine.data.render import template_text
-from paralign.engine.rank import replay_step_of, train
-from paralign.engine.recipe import load
-from paralign.engine.stop import Stop
+from paralign.engine.processes import launch
+from paralign.engine.processes.stop import Stop
+from paralign.engine.run.check import check
+from paralign.engine.run.rank import replay_step_of, train
+from paralign.engine.run.recipe import load
 from paralign.tools.demo import make_data, make_model
 from paralign.tools.recipe_reference import reference
 

@@ -18,7 +18,7 @@ import pytest
 from paralign.engine.checkpoint import store
 from paralign.engine.observe.health import EXIT_STALLED, Position, describe_stall
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.stop import EXIT_STOPPED
+from paralign.engine.processes.stop import EXIT_STOPPED
 
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe
@@ -163,7 +163,7 @@ def test_of_ranks_that_answer_the_one_that_moved_first_is_slow() -> None:
 
 
 def killed_in_a_save(rank: int, world_size: int, recipe: Path) -> None:
-    from paralign.engine.checkpoint import native
+    from paralign.engine.training import state as native
 
     publish = native.store.publish
 
@@ -193,7 +193,7 @@ def test_killed_in_a_save(
 
 
 def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
-    from paralign.engine import learner as module
+    from paralign.engine.training import learner as module
 
     run_step, steps = module.run_step, iter(range(1000))
 

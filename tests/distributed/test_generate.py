@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from paralign.engine.generate import greedy
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.observe.metrics import read_metrics
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.rollout.generate import greedy
+from paralign.engine.training.model import Model
 from paralign.models import arch_from_hf
 
 from .pool import RankPool

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paralign.engine.batch import Column, PackedBatch
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.kernels.head import read_head
 from paralign.engine.kernels.next_token import gumbel, next_token
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.model import Model
 from paralign.models import arch_from_hf
 from paralign.models.head_read import HeadRead, Quantity, Sampling
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from paralign.engine.backends import ours
-from paralign.engine.build import DTYPES, random_weights
+from paralign.engine.config.model import ModelConfig
+from paralign.engine.config.optimizer import OptimizerConfig
 from paralign.engine.kernels.library import Found
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
 from paralign.engine.objectives import OBJECTIVES
-from paralign.engine.optim import FusedAdamW, Optimizer
-from paralign.engine.schedule import OptimizerConfig
-from paralign.engine.step import run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.build import DTYPES, random_weights
+from paralign.engine.training.model import Model
+from paralign.engine.training.optim import FusedAdamW, Optimizer
+from paralign.engine.training.step import run_step
 from paralign.models import arch_from_hf
 
 from .certificate import Case, step_batch

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from paralign.engine.check import check
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.recipe import load
+from paralign.engine.run.check import check
+from paralign.engine.run.recipe import load
 from paralign.models.errors import RecipeError
 
 from .pool import RankPool

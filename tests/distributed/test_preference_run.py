@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from paralign.engine.launch import RankEnv
-from paralign.engine.layout import LayoutConfig
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.score_file import score_file
+from paralign.engine.parallel.layout import LayoutConfig
+from paralign.engine.processes.launch import RankEnv
+from paralign.engine.run.score_file import score_file
 
 from .pool import RankFailure, RankPool
 from .toy import make_preferences, make_toy, train_recipe, write_recipe
@@ -158,7 +158,7 @@ def test_transformers_opens_the_reward_model_with_equal_scores(
 
 def score_with_pool(rank: int, world_size: int, model: Path, data: Path, output: Path) -> None:
     """Scoring as one rank of the pool, whose world is open already."""
-    from paralign.engine import mesh
+    from paralign.engine.parallel import mesh
 
     opened, mesh.open_world = mesh.open_world, _already_open  # type: ignore[assignment]
     try:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from paralign.engine.check import check
 from paralign.engine.data.epochs import Epochs, packs_of_step
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.rank import train
-from paralign.engine.recipe import load
-from paralign.engine.stop import Stop
+from paralign.engine.processes.stop import Stop
+from paralign.engine.run.check import check
+from paralign.engine.run.rank import train
+from paralign.engine.run.recipe import load
 
 from .pool import RankFailure, RankPool
 from .toy import make_toy, train_recipe, write_recipe

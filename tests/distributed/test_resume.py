@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paralign.engine.checkpoint import store
-from paralign.engine.convert import convert
+from paralign.engine.checkpoint.convert import convert
 
 from ..harm import Harm
 from .comparing import assert_weights_equal, metrics_of
@@ -148,7 +148,7 @@ def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: s
 
 def unlooked_at(rank: int, world_size: int, recipe: Path) -> None:
     """Resume without our look at the files: megatron-core and torch are not to run anything either."""
-    from paralign.engine.checkpoint import native
+    from paralign.engine.training import state as native
 
     native.refuse_more_than_tensors = lambda directory: None  # type: ignore[assignment]
     train_recipe(rank, world_size, recipe)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paralign.engine.batch import LossSum, PackedBatch, StepBatch, Unit
-from paralign.engine.checkpoint.export import export_hf
 from paralign.engine.checkpoint.hf import Assets, HFReader
+from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.pack import pack_chats
-from paralign.engine.layout import LayoutConfig, resolve
-from paralign.engine.mesh import open_mesh
-from paralign.engine.model import Model
-from paralign.engine.model_section import ModelConfig
-from paralign.engine.step import UNITS, run_step
+from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.training.export import export_hf
+from paralign.engine.training.model import Model
+from paralign.engine.training.step import UNITS, run_step
 from paralign.models.head_read import HeadOutput, Quantity
 
 from .pool import RankPool

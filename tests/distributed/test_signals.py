@@ -19,7 +19,7 @@ import pytest
 
 from paralign.engine.checkpoint import store
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.stop import EXIT_STOPPED
+from paralign.engine.processes.stop import EXIT_STOPPED
 
 from .pool import RankPool
 from .toy import make_toy, train_recipe, write_recipe
@@ -86,7 +86,7 @@ class Group:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            from paralign.engine.run import main
+            from paralign.engine.run.__main__ import main
 
             code = main([str(recipe)])
             sys.stdout.flush()

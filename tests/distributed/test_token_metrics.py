@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paralign.engine.check import check
 from paralign.engine.data.cache import TokenCache
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.recipe import load
+from paralign.engine.run.check import check
+from paralign.engine.run.recipe import load
 from paralign.models.errors import RecipeError
 
 from .pool import RankPool

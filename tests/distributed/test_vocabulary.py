@@ -9,10 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paralign.engine.kernels.token_statistics import (
-    token_statistics,
-    token_statistics_ref,
-)
+from paralign.engine.kernels.token_statistics import token_statistics, token_statistics_ref
 from paralign.models.head_read import TopK
 
 from .pool import RankPool

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from paralign.engine.check import check
-from paralign.engine.rank import train
-from paralign.engine.recipe import load
-from paralign.engine.stop import Stop
+from paralign.engine.processes.stop import Stop
+from paralign.engine.run.check import check
+from paralign.engine.run.rank import train
+from paralign.engine.run.recipe import load
 
 from ..tiny import write_tokenizer
 from .reference import tiny_model
@@ -97,7 +97,7 @@ def train_recipe(rank: int, world_size: int, path: Path, stop_before: int | None
     """Train as one rank of the pool; with `stop_before`, the process dies at that step, as by kill −9."""
     report = check(load(path), world_size)
     if stop_before is not None:
-        from paralign.engine.trainer import Trainer
+        from paralign.engine.run.trainer import Trainer
 
         untouched = Trainer.train_step
 

@@ -60,7 +60,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ]
         (tmp_path / name).write_text("".join(json.dumps(turn) + "\n" for turn in turns))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps(config_keys(num_hidden_layers=4)))
+    (tmp_path / "model/config.json").write_text(
+        json.dumps(config_keys(num_hidden_layers=4, intermediate_size=32, vocab_size=9))
+    )
     marks = ["<|im_start|>", "<|im_end|>"]
     words = ["[UNK]", "hi", "yo", "user", "assistant", *marks]
     write_tokenizer(tmp_path / "model", words, marks=marks, unk_token="[UNK]", eos_token="<|im_end|>")
@@ -73,7 +75,7 @@ def native(project: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from paralign.engine.convert import convert
+    from paralign.engine.checkpoint.convert import convert
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from paralign import __version__
-from paralign.engine import launch
 from paralign.engine.cli import app, main
+from paralign.engine.processes import launch
 from paralign.models.errors import LayoutError
 
 

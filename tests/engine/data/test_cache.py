@@ -22,7 +22,7 @@ from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
 from paralign.engine.data.render import Renderer, template_text
 from paralign.engine.data.token_files import cache_directory
-from paralign.engine.stop import Stop
+from paralign.engine.processes.stop import Stop
 from paralign.models.errors import DataError
 
 from .conftest import chat

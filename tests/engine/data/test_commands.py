@@ -15,7 +15,7 @@ from paralign.engine.cli import app
 from paralign.engine.data.cache import build_or_open
 from paralign.engine.data.inspect import CONTEXT, LEARNED, inspect_set
 from paralign.engine.data.statistics import set_statistics
-from paralign.engine.recipe import load
+from paralign.engine.run.recipe import load
 from paralign.models.errors import DataError
 
 from .conftest import chat

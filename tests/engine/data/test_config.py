@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from paralign.engine.config import decode
+from paralign.engine.config.decoding import decode
 from paralign.engine.data.config import DataConfig
 from paralign.models.errors import RecipeError
 

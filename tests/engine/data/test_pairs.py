@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from paralign.engine.batch import Column, Head
+from paralign.engine.columns.fillers import put_reference
 from paralign.engine.data.answers import Answer, AnswerLayout, Group, mismatch, rows_of
 from paralign.engine.data.pack import pack_groups
-from paralign.engine.score import put_reference
 
 CPU = torch.device("cpu")
 PAIRS = frozenset({Column.PAIR})

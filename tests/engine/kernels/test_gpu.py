@@ -17,10 +17,7 @@ from paralign.engine.kernels.report import report
 from paralign.engine.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from paralign.engine.kernels.rope import rope, rope_ref
 from paralign.engine.kernels.swiglu import swiglu, swiglu_ref
-from paralign.engine.kernels.token_statistics import (
-    token_statistics,
-    token_statistics_ref,
-)
+from paralign.engine.kernels.token_statistics import token_statistics, token_statistics_ref
 from paralign.models.head_read import TopK
 from paralign.models.weight_gradient import accumulate
 

@@ -11,11 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paralign.engine.kernels import token_statistics as head
-from paralign.engine.kernels.token_statistics import (
-    TokenStatistics,
-    token_statistics,
-    token_statistics_ref,
-)
+from paralign.engine.kernels.token_statistics import TokenStatistics, token_statistics, token_statistics_ref
 from paralign.models.head_read import TopK
 
 ROWS, HIDDEN, VOCABULARY, K = 5, 8, 11, 4

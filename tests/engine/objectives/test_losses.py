@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from paralign.engine.batch import Column, Head, PackedBatch, Unit
+from paralign.engine.columns.fillers import put_reference
 from paralign.engine.data.answers import Answer, AnswerLayout, Group
 from paralign.engine.data.pack import pack_groups
 from paralign.engine.objectives import build_objective
@@ -21,7 +22,6 @@ from paralign.engine.objectives.kto import KTOConfig
 from paralign.engine.objectives.orpo import ORPOConfig
 from paralign.engine.objectives.reward import RewardConfig
 from paralign.engine.objectives.simpo import SimPOConfig
-from paralign.engine.score import put_reference
 from paralign.models.head_read import HeadOutput, Quantity
 
 CPU = torch.device("cpu")

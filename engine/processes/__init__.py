@@ -1,0 +1,1 @@
+"""How processes start and end: launch, SLURM, signals. Imports neither torch nor megatron-core."""

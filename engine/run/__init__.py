@@ -1,0 +1,1 @@
+"""A run: recipe, check, assembly, loop, replay; and the rank that does all of it."""

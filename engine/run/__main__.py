@@ -1,0 +1,22 @@
+"""A rank as torchrun and srun start it. Owns the order of things: signals are heard before torch is imported.
+
+torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [--replay-step=N] [key.sub=value …]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from ..processes.stop import Stop
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as this process's rank; the exit code, as `rank.run` says."""
+    # To the end of the process: a signal while it ends must not make a failure of a run that is done.
+    stop = Stop().hear()
+    from .rank import run  # two seconds, in which a signal may come
+
+    return run(arguments, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

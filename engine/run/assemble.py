@@ -1,0 +1,295 @@
+"""From a checked recipe to a trainer, in five builds: model, steps, learner, checkpoints, watch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from paralign.models import FAMILIES, scoring_class
+from paralign.models.arch import Arch
+from paralign.models.errors import CheckpointError, RecipeError
+
+from ..backends import backend_of
+from ..batch import Kind
+from ..checkpoint import store
+from ..checkpoint.hf import Assets, Scorer, arch_of, parse_size
+from ..checkpoint.source import open_source
+from ..columns.fillers import Baseline, KeptReference, score_answers
+from ..columns.reference import MadeBy, read_or_score, weights_digest
+from ..columns.sources import BASELINE, REFERENCE, Filler
+from ..columns.steps import Steps
+from ..data.cache import stop_token
+from ..data.epochs import Share
+from ..data.loader import PackLoader
+from ..data.render import template_text
+from ..data.tokenizer import padding_token
+from ..objectives import ReferenceSection, build_objective
+from ..objectives.measures import with_measures
+from ..observe.health import Health
+from ..observe.memory import Memory
+from ..observe.metrics import MetricsLog
+from ..observe.profiler import Profiler
+from ..observe.throughput import Throughput, peak_flops
+from ..observe.watch import Watch
+from ..parallel.mesh import Mesh
+from ..processes.stop import Stop
+from ..rollout.generate import Generations
+from ..training.build import DTYPES, Read, random_weights
+from ..training.export import export_hf
+from ..training.learner import Learner
+from ..training.model import Model
+from ..training.optim import Optimizer
+from ..training.state import NativeCheckpoints
+from .check import CheckReport, sources_of_columns
+from .recipe import Recipe, dump
+from .trainer import Course, Trainer
+
+TRAIN = "train"
+
+
+def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int | None = None) -> Trainer:
+    """What one rank trains with, in the state of the newest checkpoint. Collective.
+
+    Args:
+        stop: asked at each step.
+        replay_step: take the newest checkpoint from before this step, and log nothing.
+    """
+    recipe = report.recipe
+    read = weights_to_start_from(recipe, report.arch, mesh)
+    model = Model.open(report.arch, mesh, recipe.model, read)
+    steps = build_steps(report, model, read)  # other models are read before this one is wrapped to train
+    learner = build_learner(report, model)
+    assets = assets_to_hand_on(report)
+    checkpoints, start = build_checkpoints(report, learner, assets, steps[TRAIN].fingerprint, replay_step)
+    watch = build_watch(report, mesh, stop, start, logs=replay_step is None)
+    runs = backend_of(recipe.model).facts(report.arch, mesh.device, DTYPES[recipe.model.dtype])
+    watch.log.start({**report.facts(), **runs, "start": start.text})
+    validation = {name: found for name, found in steps.items() if name != TRAIN}
+    return Trainer(
+        learner=learner,
+        train=steps[TRAIN],
+        validation=validation,
+        checkpoints=checkpoints,
+        export=lambda name: export_hf(
+            model,
+            recipe.run_dir / "hf" / name,
+            assets=assets,
+            dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
+            max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
+        ),
+        course=Course(
+            first_step=start.step,
+            total_steps=report.total_steps,
+            log=recipe.train.log_every_steps,
+            evaluate=recipe.train.eval_every_steps,
+            save=recipe.checkpoint.save_every_steps,
+            export=recipe.checkpoint.export_every_steps,
+            on_nonfinite=recipe.train.on_nonfinite,
+            counts_tokens="num_tokens" in recipe.observe.token_metrics,
+        ),
+        watch=watch,
+        generations=Generations(
+            model,
+            {name: found.loader.cache for name, found in validation.items()},
+            recipe.tokenizer_dir,
+            recipe.run_dir,
+            n_samples=recipe.train.generate_samples,
+            max_new_tokens=recipe.train.generate_max_tokens,
+            first_step=start.step,
+        )
+        if recipe.train.generate_samples and replay_step is None
+        else None,
+    )
+
+
+def weights_to_start_from(recipe: Recipe, arch: Arch, mesh: Mesh) -> Read:
+    """A reader of the weights before the first step; a scalar head that the model lacks is drawn at random."""
+    drawn = random_weights(arch, seed=recipe.train.seed, dtype=DTYPES[recipe.model.dtype], device=mesh.device)
+    if recipe.model.init == "random":
+        return drawn
+    reader = open_source(recipe.model.hf)
+    if arch.scalar_head == reader.arch.scalar_head:
+        return reader.read
+    return lambda name: drawn(name) if name == "score.weight" else reader.read(name)
+
+
+def build_steps(report: CheckReport, policy: Model, read: Read) -> dict[str, Steps]:
+    """The steps of each set, `train` and those of validation by their names.
+
+    Args:
+        policy: with the weights to start from, not yet prepared to train.
+        read: reads these weights.
+    """
+    mesh, train = policy.mesh, report.recipe.train
+    loaders = {
+        name.removeprefix("validation/"): PackLoader(
+            cache,
+            global_batch_size=train.global_batch_size,
+            seed=train.seed,
+            share=Share(mesh.dp.rank, mesh.dp.size, mesh.layout.micro_batch_multiple),
+            device=mesh.device,
+        )
+        for name, cache in report.caches.items()
+    }
+    fillers: dict[str, list[Filler]] = {name: [] for name in loaders}
+    for source in sources_of_columns(report.recipe):
+        found = {
+            REFERENCE: lambda: reference_fillers(report, policy, read, loaders),
+            BASELINE: lambda: dict.fromkeys(loaders, Baseline(policy)),
+        }[source]()
+        for name in loaders:
+            fillers[name].append(found[name])
+    return {name: Steps(loader, fillers[name]) for name, loader in loaders.items()}
+
+
+def reference_fillers(
+    report: CheckReport, policy: Model, read: Read, loaders: Mapping[str, PackLoader]
+) -> Mapping[str, Filler]:
+    """For each set a reference model that is kept, or its log-probabilities.
+
+    Where they have to be computed, the policy lends its place, so that no second model is ever in memory.
+    """
+    recipe, arch, section = report.recipe, report.arch, report.recipe.objective
+    assert isinstance(section, ReferenceSection)
+    directory = section.reference_model or recipe.model.hf
+    other = section.reference_model is not None
+    theirs = replace(arch_of(directory), dtype=arch.dtype)
+    if other and theirs != arch:
+        raise RecipeError(
+            f"objective.reference_model {directory}: another architecture than model.hf "
+            f"({theirs.family}, {theirs.num_layers} layers of {theirs.hidden_size}); give one of the same shape"
+        )
+    read_reference = open_source(directory).read if other else read
+    if section.reference == "online":
+        kept = KeptReference(Model.open(arch, policy.mesh, recipe.model, read_reference))
+        return dict.fromkeys(loaders, kept)
+    template = template_text(recipe.data.chat_template) or "tokenizer"
+    dtype = str(DTYPES[recipe.model.dtype])
+    if recipe.model.init == "random" and not other:
+        weights = hashlib.sha256(f"random {recipe.train.seed} {arch} {dtype}".encode()).hexdigest()[:32]
+    else:
+        weights = weights_digest(directory, dtype=dtype)
+    made_by = MadeBy(weights, data="", template=hashlib.sha256(template.encode()).hexdigest()[:32])
+
+    def score(steps: Any, n_answers: int) -> Any:
+        with policy.lent(read_reference) if other else nullcontext():
+            return score_answers(policy, steps, n_answers)
+
+    return read_or_score(loaders, made_by, policy.mesh, score, total_steps=report.total_steps)
+
+
+def build_learner(report: CheckReport, model: Model) -> Learner:
+    """The objective and the optimizer for a model, which is prepared to train here."""
+    recipe = report.recipe
+    model.prepare_to_train()
+    optimizer = Optimizer(
+        model.chunks,
+        recipe.optimizer,
+        report.layout,
+        DTYPES[recipe.model.dtype],
+        fused=backend_of(recipe.model).fuses_updates,
+    )
+    objective = with_measures(
+        build_objective(recipe.objective),
+        [source.name for source in recipe.data.train],
+        recipe.observe.token_metrics,
+    )
+    return Learner(model, objective, optimizer, recipe.optimizer, report.total_steps)
+
+
+def assets_to_hand_on(report: CheckReport) -> Assets:
+    """Config and tokenizer that belong to every checkpoint and export of the run."""
+    recipe, cache = report.recipe, report.caches[TRAIN]
+    scorer = None
+    if report.arch.scalar_head:
+        ends, size = cache.last_tokens(), report.arch.vocab_size
+        pad = padding_token(recipe.tokenizer_dir, ends=ends, vocab_size=size)
+        scorer = Scorer(scoring_class(FAMILIES[report.arch.family].architectures[0]), *pad)
+    learns_chats = build_objective(recipe.objective).reads is Kind.CONVERSATIONS
+    return Assets(
+        recipe.model.hf,
+        recipe.tokenizer_dir,
+        template_text(recipe.data.chat_template),
+        scorer,
+        stop_token(cache) if learns_chats else None,
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        newest: the checkpoint that it goes on from, if any.
+        passed_over: names of those that are not finished.
+    """
+
+    step: int
+    newest: Path | None
+    passed_over: Sequence[str]
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        resumed = f", resumed from {self.newest}" if self.newest else ""
+        left = f"; passed over {', '.join(self.passed_over)}, not finished" if self.passed_over else ""
+        return f"step {self.step}{resumed}{left}"
+
+
+def build_checkpoints(
+    report: CheckReport, learner: Learner, assets: Assets, fingerprint: str, replay_step: int | None
+) -> tuple[NativeCheckpoints, Start]:
+    """The run's checkpoints, and where it begins: the learner has the state of the newest of them.
+
+    Raises:
+        CheckpointError: there is one and the recipe forbids to go on, or other samples than its own would follow.
+    """
+    recipe = report.recipe
+    root = recipe.run_dir / "checkpoints"
+    checkpoints = NativeCheckpoints(
+        root, recipe.checkpoint, learner.model, learner.optimizer, assets=assets, recipe=dump(recipe)
+    )
+    newest, left = store.latest(root, at_most=replay_step), store.passed_over(root)
+    if newest is None:
+        return checkpoints, Start(0, newest, left)
+    if recipe.checkpoint.resume == "never" and replay_step is None:
+        raise CheckpointError(
+            f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+        )
+    progress = checkpoints.load(newest)
+    if progress.data != fingerprint:
+        raise CheckpointError(
+            f"{newest}: was trained on other samples or packs than data and train now give, so that samples "
+            "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or "
+            "start a new run_dir from the export"
+        )
+    return checkpoints, Start(progress.step, newest, left)
+
+
+def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, logs: bool) -> Watch:
+    """What watches this rank; without `logs` nothing is written of it."""
+    recipe, device = report.recipe, mesh.device
+    run_dir = recipe.run_dir
+    log = MetricsLog()
+    if logs:
+        log = MetricsLog.for_rank(
+            mesh.rank,
+            run_dir,
+            first_step=start.step,
+            total_steps=report.total_steps,
+            config=recipe.observe,
+            recipe=dump(recipe),
+        )
+    ranks: dict[str, Any] = {"rank": mesh.rank, "world_size": mesh.world_size, "device": device}
+    place = {name: axis.rank for name, axis in mesh.axes.items()}
+    return Watch(
+        log,
+        Health(run_dir, **ranks, stop=stop, stall_seconds=60 * recipe.train.stall_timeout_minutes),
+        Throughput(world_size=mesh.world_size, peak=peak_flops(device)),
+        Memory(run_dir, **ranks, place=place),
+        Profiler(recipe.observe.profile, run_dir, rank=mesh.rank, device=device),
+    )

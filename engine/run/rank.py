@@ -1,0 +1,178 @@
+"""One rank of a run: it meets the others, checks its recipe, trains, and says how that ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paralign.models.errors import ParalignError, RecipeError
+
+from ..checkpoint.hf import arch_of
+from ..parallel.layout import resolve
+from ..processes.launch import RankEnv, rank_environment
+from ..processes.slurm import FAILED
+from ..processes.stop import EXIT_STOPPED, Stop
+from .check import CheckReport, check
+from .recipe import Recipe, load
+
+REPLAY = "--replay-step="
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def run(arguments: Sequence[str], stop: Stop) -> int:
+    """Train as this process's rank.
+
+    Args:
+        arguments: a recipe, keys to set, and perhaps `--replay-step=N`.
+
+    Returns:
+        The exit code: 0; 2 for an error that the user can mend; `EXIT_STOPPED` if a signal ended the run and it
+        is to be started again.
+    """
+    env = rank_environment()
+    world_store: list[Any] = []  # filled once the ranks have met
+    try:
+        replay_step, overrides = replay_step_of(arguments[1:])
+        recipe = load(Path(arguments[0]), overrides)
+        # Arithmetic first: a layout that cannot be must not wait for other ranks.
+        resolve(
+            recipe.layout,
+            arch_of(recipe.model.hf),
+            world_size=env.world_size,
+            global_batch_size=recipe.train.global_batch_size,
+            tokens_per_pack=recipe.data.tokens_per_pack,
+        )
+        whole = meet_and_train(recipe, env, world_store, stop, replay_step)
+    except Exception as error:
+        mendable, asked_before = isinstance(error, ParalignError), stop.asked
+        text = f"error: {error}" if mendable else traceback.format_exc()
+        first = _first_to_fail(env, world_store)
+        stop.defer()
+        if not mendable:
+            # It may follow from the end of a rank that was asked to stop: whoever has started the ranks then asks
+            # this one as well, and a line is enough.
+            time.sleep(1)
+        if follows := stop.asked and not asked_before:
+            text = f"error while others stop: {error!r}"
+        if first:
+            print(text, file=sys.stderr, flush=True)
+        if (marker := os.environ.get(FAILED)) and not follows:
+            Path(marker).touch()
+        # Without waiting: other ranks may sit in a collective that this one will never join.
+        sys.stdout.flush()
+        os._exit(2 if mendable else 1)
+    return 0 if whole else EXIT_STOPPED
+
+
+def replay_step_of(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The step of `--replay-step=N`, if given, and the other arguments."""
+    found = [argument for argument in arguments if argument.startswith(REPLAY)]
+    others = [argument for argument in arguments if not argument.startswith(REPLAY)]
+    if not found:
+        return None, others
+    number = found[-1].removeprefix(REPLAY)
+    if not number.isdecimal():
+        raise RecipeError(f"{found[-1]}: expected the number of a step, such as {REPLAY}137")
+    return int(number), others
+
+
+def meet_and_train(
+    recipe: Recipe, env: RankEnv, world_store: list[Any], stop: Stop, replay_step: int | None = None
+) -> bool:
+    """Join the other ranks, check the recipe on all of them, train; see `train`."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="megatron")
+    from ..parallel.mesh import open_world
+
+    host, port = env.master.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    with open_world(
+        rank=env.rank,
+        world_size=env.world_size,
+        local_rank=env.local_rank,
+        timeout_minutes=recipe.layout.distributed_timeout_minutes,
+    ) as opened:
+        world_store.append(opened)
+        with _rank_0_first(env, opened):
+            report = check(recipe, env.world_size, progress=env.rank == 0)
+        return train(report, stop, local_rank=env.local_rank, replay_step=replay_step)
+
+
+def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int | None = None) -> bool:
+    """Train a checked recipe in an open world, from its newest checkpoint if it has one.
+
+    Args:
+        stop: asked at each step.
+        replay_step: look at this step only, and write nothing of the run's own; see replay.py.
+
+    Returns:
+        Whether the run came to its end.
+    """
+    from ..parallel.mesh import open_mesh
+    from .assemble import build_trainer
+
+    recipe = report.recipe
+    if replay_step is not None and replay_step >= report.total_steps:
+        raise RecipeError(f"{REPLAY}{replay_step}: the run has the steps 0 to {report.total_steps - 1}")
+    if recipe.model.deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh:
+        trainer = build_trainer(report, mesh, stop, replay_step)
+        if replay_step is not None:
+            _replay(trainer, replay_step, recipe.run_dir)
+            return True
+        # A rank that is asked to stop before this leaves by itself, later all of them save together.
+        mesh.barrier()
+        stop.defer()
+        with trainer.watch:
+            return trainer.fit()
+
+
+def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
+    from rich.console import Console
+
+    from .replay import replay, show
+
+    console = Console(highlight=False, soft_wrap=True)
+    is_main, first_step = trainer.learner.model.mesh.is_main, trainer.course.first_step
+    if is_main:
+        start = "the first weights" if first_step == 0 else f"iter_{first_step:07d}"
+        console.print(f"from {start}; {step - first_step} steps to do again")
+    found = replay(trainer, step)
+    if is_main:
+        show(found, run_dir / "replay" / f"step_{step:07d}.json", console)
+
+
+@contextmanager
+def _rank_0_first(env: RankEnv, world_store: Any) -> Iterator[None]:
+    """Run the body on rank 0, then on the others, however long rank 0 takes: it may tokenise for an hour."""
+    if env.rank > 0:
+        world_store.wait(["rank 0 is ready"], timedelta(days=7))
+    yield
+    if env.rank == 0:
+        world_store.set("rank 0 is ready", "")
+
+
+def _first_to_fail(env: RankEnv, world_store: list[Any]) -> bool:
+    """Whether this rank is the one to print: the first error is the cause, the others only follow from it."""
+    if not world_store:
+        if env.rank > 0:
+            time.sleep(5)  # rank 0 finds the same; who leaves first ends the others, and it has to print
+        return env.rank == 0
+    try:
+        return world_store[0].add("ranks that failed", 1) == 1
+    except Exception:  # the store went with the rank that failed first
+        return False
