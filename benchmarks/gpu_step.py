@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 import torch
 from one_rank import one_rank
-from paralign.engine.kernels.parts import describe_kernels, fused
 from preference import best_packs, padded_packs
 from step_peers import SETTINGS, megatron_sft, transformers_sft, trl_dpo, trl_sft, trl_sft_with_liger
 from step_workload import (
@@ -52,6 +51,8 @@ from step_workload import (
     step_flops,
 )
 
+from paralign.engine.backends import backend_of
+from paralign.engine.backends.ours import Ours
 from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
 from paralign.engine.columns.fillers import KeptReference
 from paralign.engine.config.model import ModelConfig
@@ -127,7 +128,8 @@ def trainer(
         kept = [Model.open(arch, mesh, section, read)] if reference else []
         model = Model.open(arch, mesh, section, read)
         model.prepare_to_train()
-        optimizer = Optimizer(model.chunks, SETTINGS, layout, precision, fused=fused(kernels))
+        fused = backend_of(section).fuses_updates
+        optimizer = Optimizer(model.chunks, SETTINGS, layout, precision, fused=fused)
 
         def step(batch: StepBatch, objective: Objective) -> float:
             optimizer.zero_grad()
@@ -206,7 +208,7 @@ def main() -> None:
         "note": ""
         if device.type == "cuda"
         else "no GPU at hand: tiny geometry in fp32; no figure here counts",
-        "kernels": describe_kernels("auto"),
+        "kernels": Ours().facts(arch_from_hf(geometry.config()), device, torch.float32)["kernels"],
         "flash_attn": importlib.util.find_spec("flash_attn") is not None,
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "geometry": name,

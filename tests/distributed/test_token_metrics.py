@@ -55,25 +55,36 @@ def ours(
     return runs[0], cache
 
 
-def arguments(directory: Path, n: int) -> dict[str, Any]:
-    return {
-        "output_dir": str(directory / "theirs"),
-        "per_device_train_batch_size": n,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": None,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+def theirs(kind: str, directory: Path, rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What TRL's trainer of a kind logs of two steps, all rows in each."""
+    settings = getattr(trl, f"{kind}Config")(
+        output_dir=str(directory / "theirs"),
+        per_device_train_batch_size=len(rows),
+        max_steps=2,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(directory / "model"),
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "entropy" in line]
 
 
-def model_of(directory: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+def assert_as_theirs(lines: list[dict[str, float]], logged: list[dict[str, float]]) -> None:
+    for name in NAMES:
+        assert lines[0][name] == pytest.approx(logged[0][name], rel=1e-6), name
+    assert lines[1]["num_tokens"] == logged[1]["num_tokens"] == 2 * lines[0]["num_tokens"]
 
 
 def test_sft_logs_what_trl_logs(ranks: RankPool, tmp_path: Path) -> None:
@@ -83,17 +94,7 @@ def test_sft_logs_what_trl_logs(ranks: RankPool, tmp_path: Path) -> None:
     for i in range(len(cache)):
         tokens, weights = cache.group(i).whole()
         rows.append({"input_ids": tokens.tolist(), "labels": np.where(weights > 0, tokens, -100).tolist()})
-    trainer = trl.SFTTrainer(
-        model=model_of(tmp_path),
-        args=trl.SFTConfig(**arguments(tmp_path, len(rows))),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
-    )
-    trainer.train()
-    theirs = [line for line in trainer.state.log_history if "entropy" in line]
-    for name in NAMES:
-        assert lines[0][name] == pytest.approx(theirs[0][name], rel=1e-6), name
-    assert lines[1]["num_tokens"] == theirs[1]["num_tokens"] == 2 * lines[0]["num_tokens"]
+    assert_as_theirs(lines, theirs("SFT", tmp_path, rows))
 
 
 def test_dpo_logs_what_trl_logs(ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,17 +112,7 @@ def test_dpo_logs_what_trl_logs(ranks: RankPool, tmp_path: Path, monkeypatch: py
         chosen, rejected = (answer.tokens.tolist() for answer in group.answers)
         rows.append({"prompt_ids": group.prompt.tolist(), "chosen_ids": chosen, "rejected_ids": rejected})
     monkeypatch.setattr(trl.DPOTrainer, "_prepare_dataset", lambda _, dataset, *rest: dataset)
-    trainer = trl.DPOTrainer(
-        model=model_of(tmp_path),
-        args=trl.DPOConfig(**arguments(tmp_path, len(rows))),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
-    )
-    trainer.train()
-    theirs = [line for line in trainer.state.log_history if "entropy" in line]
-    for name in NAMES:
-        assert lines[0][name] == pytest.approx(theirs[0][name], rel=1e-6), name
-    assert lines[1]["num_tokens"] == theirs[1]["num_tokens"]
+    assert_as_theirs(lines, theirs("DPO", tmp_path, rows))
 
 
 def test_a_scalar_head_has_no_entropy(tmp_path: Path) -> None:
