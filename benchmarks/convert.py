@@ -1,4 +1,4 @@
-"""Times conversion beside `cp -r` of the same directory, and watches its memory. Owns the comparison.
+"""Times conversion beside `cp -r` of the same directory, and watches its memory.
 
     python benchmarks/convert.py [--layers 8] [--workers 1] [--repeats 3] [--folder /tmp/convert_benchmark]
 

@@ -1,4 +1,4 @@
-"""Times our packer beside TRL's on the same lengths. Owns the comparison, not the packers.
+"""Times our packer beside TRL's on the same lengths.
 
     python benchmarks/packing.py [--samples 100000 1000000] [--repeats 5]
 

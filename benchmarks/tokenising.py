@@ -1,4 +1,4 @@
-"""Times our tokenising and packing beside `datasets.map` with the same tokenizer and template. Owns the comparison.
+"""Times our tokenising and packing beside `datasets.map` with the same tokenizer and template.
 
     python benchmarks/tokenising.py TOKENIZER_DIR [--samples 5000] [--workers 1] [--repeats 3] [--template chatml]
 

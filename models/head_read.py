@@ -5,6 +5,7 @@ Shape suffixes: R rows that the head computes, K chosen logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -49,11 +50,15 @@ class Sampling:
 
     Attributes:
         seeds_R: int64, one for each row; equal seeds draw alike.
-        temperature: the logits are divided by it; above 0.
+        temperature: the logits are divided by it. Raises ValueError unless it is above 0 and finite.
     """
 
     seeds_R: Tensor
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature:g}; expected a number above 0")
 
 
 @dataclass(frozen=True)

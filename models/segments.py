@@ -1,4 +1,4 @@
-"""Segments: who attends to whom in a pack. Owns the description, not the attention."""
+"""Segments: who attends to whom in a pack. attention.py computes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight gradients added to fp32 buffers where they are computed. Owns one product and the name Megatron asks for.
+"""Weight gradients added to fp32 buffers where they are computed.
 
 Megatron's `gradient_accumulation_fusion` calls apex's module `fused_weight_gradient_mlp_cuda`. This offers the same
 two functions over torch's matrix product with an fp32 result, so that nobody needs apex for them: the product

@@ -1,4 +1,4 @@
-"""The tiny models, config.json keys and tokenizers of all tests. Owns no tests."""
+"""The tiny models, config.json keys and tokenizers of all tests."""
 
 from __future__ import annotations
 

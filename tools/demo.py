@@ -1,4 +1,4 @@
-"""The demo: a model learns to sort letters, then to end each answer with a smile. Owns the toy, not the engine.
+"""The demo: a model learns to sort letters, then to end each answer with a smile.
 
 Both stages run at TP2 × PP2 on this machine: fine-tuning on answers some of which end with a smile, then DPO on pairs
 in which the answer with a smile is the better one.

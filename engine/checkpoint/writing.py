@@ -295,6 +295,8 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(part)
                 part.mkdir()
                 write_whole(saved, json.dumps(plan))
+            for cut_off in part.rglob("*.part"):
+                cut_off.unlink()
             try:
                 yield part
             except WeightsError:

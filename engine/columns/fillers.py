@@ -1,7 +1,6 @@
 """Forward passes that fill columns: a reference model's log-probabilities, a baseline of the step.
 
-Owns what is computed before a step, by any model, and how it goes back to its packs; reference.py what is
-kept on disk. Suffixes: S segments, N answers of a data set.
+reference.py keeps on disk what need not be computed twice. Suffixes: S segments, N answers of a data set.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """AdamW over flat fp32 buffers with global-norm clipping and the cast to the model's precision in one pass.
 
-Owns the two operations, not the optimizer's state or its sharding. Shape suffix: N parameters. Kernel: csrc/adamw.cu.
+The optimizer's state and its sharding are training/optim.py's. Shape suffix: N parameters. Kernel: csrc/adamw.cu.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles csrc into the library of kernels. Owns the compiler's command line; library.py finds the result."""
+"""Compiles csrc into the library of kernels. library.py finds the result."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Log-probability, entropy and top-k divergence under a vocabulary-parallel head. Owns the chunked matmul, the
-collectives and the backward pass; what is done to a chunk of logits stands in vocab.py.
+"""Log-probability, entropy and top-k divergence under a vocabulary-parallel head.
+
+The chunked matmul, the collectives and the backward pass; what is done to a chunk of logits stands in vocab.py.
 
 Shape suffixes: R rows with a label, V rows of the head's weight on this rank, H hidden size, K chosen logits.
 """

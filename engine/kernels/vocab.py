@@ -1,4 +1,4 @@
-"""Sums over one shard of a row of logits, and the logits' gradient in their place. Owns no matmul, no collective.
+"""Sums over one shard of a row of logits, and the logits' gradient in their place.
 
 What the sums mean, and how shards are put together, stands in token_statistics.py. Kernel: csrc/vocab.cu.
 

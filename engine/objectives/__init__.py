@@ -1,4 +1,4 @@
-"""Losses over packed batches, by name. Owns the table: an objective is a file and a line here."""
+"""Losses over packed batches, by name. A new objective is a file and a line here."""
 
 from functools import reduce
 from operator import or_

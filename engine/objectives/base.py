@@ -1,4 +1,4 @@
-"""What an objective is. Owns the interface; each objective has a file of its own, its recipe section in it."""
+"""What an objective is. Each has a file of its own, with its recipe section in it."""
 
 from __future__ import annotations
 

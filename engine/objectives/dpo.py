@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives with a reference model. Owns the losses, not the reference."""
+"""Direct preference optimisation and its relatives with a reference model, which columns/reference.py fills in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KTO: answers labelled good or bad one by one. Owns the loss; its baseline is a column of the whole step."""
+"""KTO: answers labelled good or bad one by one. Its baseline is a column of the whole step."""
 
 from __future__ import annotations
 

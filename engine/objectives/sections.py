@@ -1,4 +1,4 @@
-"""Keys that the recipe sections of several objectives share. Owns no loss."""
+"""Keys that the recipe sections of several objectives share."""
 
 from __future__ import annotations
 

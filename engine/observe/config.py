@@ -1,4 +1,4 @@
-"""The `observe:` section of a recipe. Owns the keys; the rooms beside it do what they say."""
+"""The `observe:` section of a recipe. The rooms beside it do what its keys say."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Whether a run should go on: all ranks agree on a request to stop, and ranks that no longer move are noticed.
 
-Owns the watching and the naming of a slow rank; what is done about a stop is the trainer's.
+Watches, and names a slow rank. What is done about a stop is the trainer's.
 """
 
 from __future__ import annotations

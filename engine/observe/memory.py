@@ -1,4 +1,4 @@
-"""The peak memory of every rank. Owns the measure and memory.json."""
+"""Measures the peak memory of every rank and writes memory.json."""
 
 from __future__ import annotations
 

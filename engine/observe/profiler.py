@@ -1,4 +1,4 @@
-"""A trace of a few steps by torch.profiler. Owns the window and the files."""
+"""A trace of a few steps by torch.profiler."""
 
 from __future__ import annotations
 

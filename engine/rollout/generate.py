@@ -1,4 +1,4 @@
-"""Greedy answers of the model in training to prompts of its validation sets. Owns decoding, not evaluation.
+"""Greedy answers of the model in training to prompts of its validation sets.
 
 Each new token is a forward pass over one pack that holds all prompts of a set, at the layout of the run: there
 is no cache of keys, and none of the memory that it would take beside a training state. `max_new_tokens` passes

@@ -1,4 +1,4 @@
-"""A rank as torchrun and srun start it. Owns the order of things: signals are heard before torch is imported.
+"""A rank as torchrun and srun start it. Signals are heard before torch is imported.
 
 torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [--replay-step=N] [key.sub=value …]
 """

@@ -94,8 +94,7 @@ def meet_and_train(
     warnings.filterwarnings("ignore", module="megatron")
     from ..parallel.mesh import open_world
 
-    host, port = env.master.rsplit(":", 1)
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    env.tell_torch()
     with open_world(
         rank=env.rank,
         world_size=env.world_size,

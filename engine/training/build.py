@@ -1,4 +1,4 @@
-"""From shape facts and a layout to model chunks, and weights that exist nowhere. Owns Megatron's configuration."""
+"""From shape facts and a layout to model chunks, and weights that exist nowhere; writes Megatron's configuration."""
 
 from __future__ import annotations
 

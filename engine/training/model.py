@@ -1,4 +1,4 @@
-"""A model as this rank holds its share of it: opened, filled, read, handed on, lent. Owns no step of training."""
+"""A model as this rank holds its share of it: opened, filled, read, handed on, lent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped kernels compiled for the CPU, and copies with a bug planted in them. Owns compilers, no tests."""
+"""The shipped kernels compiled for the CPU, and copies with a bug planted in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of both certificates: few, and any two settings of any two factors meet in one of them. Owns no test."""
+"""The rows of both certificates: few, and any two settings of any two factors meet in one of them."""
 
 from __future__ import annotations
 

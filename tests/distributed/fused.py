@@ -1,4 +1,4 @@
-"""A row of the layout certificate with every fused operation on; on the CPU their references. Owns no test."""
+"""A row of the layout certificate with every fused operation on; on the CPU their references."""
 
 from __future__ import annotations
 

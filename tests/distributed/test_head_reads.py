@@ -93,6 +93,12 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says() -> None:
     assert ((share - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()  # four deviations
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_no_softmax_has_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        Sampling(torch.arange(1), temperature)
+
+
 def test_noise_is_of_seed_and_token_alone() -> None:
     ids, seeds = torch.arange(1000), torch.tensor([5, 2**62, -1])
     noise = gumbel(seeds, ids)

@@ -1,4 +1,4 @@
-"""A tiny project on disk: model directory, conversations and a recipe. Owns fixtures, no tests."""
+"""A tiny project on disk: model directory, conversations and a recipe."""
 
 from __future__ import annotations
 

@@ -236,10 +236,12 @@ def test_what_was_cut_off_goes_on(tmp_path, source, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False)
     assert not (tmp_path / "dst").exists()
+    (tmp_path / ".dst.part" / "weights.part").write_text("of a file that a kill cut off")
     monkeypatch.setattr(NativeTarget, "write", whole)
     report = convert(source, tmp_path / "dst", max_shard_size="1KB", progress=False)
     assert report.resumed == 2
     assert compare(source, tmp_path / "dst") == []
+    assert not list(tmp_path.rglob("*.part"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
 
 

@@ -1,4 +1,4 @@
-"""A tiny byte-level BPE tokenizer and files of conversations. Owns fixtures, no tests."""
+"""A tiny byte-level BPE tokenizer and files of conversations."""
 
 import json
 from collections.abc import Callable

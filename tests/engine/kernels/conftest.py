@@ -1,4 +1,4 @@
-"""Where operations run: on the CPU their definitions, on a GPU their kernels. Owns the choice, no tests."""
+"""Where operations run: on the CPU their definitions, on a GPU their kernels."""
 
 from __future__ import annotations
 
