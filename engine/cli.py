@@ -201,8 +201,8 @@ def verify(
     ] = None,
     workers: Workers = 1,
 ) -> None:
-    """Check a model against its manifest.json, or two models with each other, bit by bit."""
-    from .checkpoint.manifest import check_against_manifest, compare
+    """Check a model or a run's checkpoint against its manifest.json, or two models with each other, bit by bit."""
+    from .checkpoint.verify import check_against_manifest, compare
 
     if other is None:
         differences = check_against_manifest(directory, workers=workers)
@@ -210,11 +210,12 @@ def verify(
         differences = compare(directory, other, workers=workers)
     for difference in differences:
         typer.echo(f"{difference.name}: {difference.what}")
+    what = "files and tensors" if other is None else "tensors"
     against = "its manifest" if other is None else str(other)
     if differences:
-        typer.echo(f"{directory}: {len(differences)} tensors differ from {against}", err=True)
+        typer.echo(f"{directory}: {len(differences)} {what} differ from {against}", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{directory}: every tensor is as in {against}")
+    typer.echo(f"{directory}: all {what} are as in {against}")
 
 
 @app.command()

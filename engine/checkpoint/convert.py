@@ -9,7 +9,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from .manifest import Digest, write_manifest
 from .source import ModelSource, open_source
 from .writing import Kind, Report, WriteOptions, dtype_named, refuse_unless_empty, write_model
 
@@ -35,7 +34,8 @@ def convert(
         max_shard_size, verify, workers, progress: see `WriteOptions`.
 
     Raises:
-        CheckpointError, WeightsError: `src` cannot be read as stated, or as `write_model` says.
+        CheckpointError, WeightsError: `src` cannot be read as stated, is not what its manifest or, in a native
+            checkpoint, its CRC32 sums say, or as `write_model` says.
     """
     refuse_unless_empty(dst)
     named = None if dtype is None else dtype_named(dtype)
@@ -49,11 +49,9 @@ def convert(
         progress=progress,
     )
 
-    def finish(directory: Path, digests: dict[str, Digest]) -> None:
-        write_manifest(directory, digests, source=str(src.resolve()))
-
-    identity = {"source": str(src.resolve()), "state": state_of(source)}
-    return write_model(source, dst, options, identity=identity, finish=finish)
+    about = {"source": str(src.resolve())}
+    identity = {**about, "state": state_of(source)}
+    return write_model(source, dst, options, identity=identity, about=lambda _: about)
 
 
 def state_of(source: ModelSource) -> str:

@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,10 +32,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.models.errors import CheckpointError
-from paralign.models.weights import Shape, Views
+from paralign.models.weights import Shape, Views, in_blocks
 
 from ..files.whole_file import write_whole
-from .rawfile import MappedBytes, WriteBehind, raw
+from .rawfile import MappedBytes, WriteBehind, lightly, raw
+from .tensor_digest import refuse_other
 from .unpickle import METADATA, Names, Restricted, inert, read_metadata, unreadable
 
 ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
@@ -108,14 +110,50 @@ class CheckpointFiles:
         self.release()
         return whole
 
+    def files_of(self, name: str) -> list[Path]:
+        """The files with the pieces of a tensor."""
+        chunks = self.stored[name].chunks
+        items = [self._storage[MetadataIndex(name, chunk.offsets)] for chunk in chunks]
+        return [self._directory / item.relative_path for item in items]
+
+    def check(self, name: str) -> None:
+        """Reads a tensor, and compares the CRC32 of its bytes with the one that was saved with them.
+
+        Raises:
+            WeightsError: it is another one.
+            CheckpointError: as `read`.
+        """
+        for chunk in self.stored[name].chunks:
+            item = self._storage[MetadataIndex(name, chunk.offsets)]
+            mapped = self._mapped[item.relative_path]
+            record = self._record(name, item)
+            flat = mapped.tensor(record.start, torch.uint8, record.length)
+            found = 0
+            for (block,) in lightly(in_blocks([flat]), mapped.release):
+                found = zlib.crc32(raw(block), found)
+            other = "" if found == record.crc32 else "other bytes than its CRC32 says"
+            refuse_other(self._directory / item.relative_path, name, other)
+
     def release(self) -> None:
         """Drops the pages that reading has brought into memory."""
         for mapped in self._mapped.values():
             mapped.release()
 
     def _piece(self, name: str, item: Any) -> Tensor:
+        record = self._record(name, item)
+        plan = record.plan
+        n_elements = record.length // plan.dtype.itemsize
+        if not n_elements:
+            return torch.empty(plan.shape, dtype=plan.dtype)
         path = self._directory / item.relative_path
-        mapped = self._mapped[item.relative_path]
+        try:
+            flat = self._mapped[item.relative_path].tensor(record.start, plan.dtype, n_elements)
+            return flat.as_strided(plan.shape, plan.stride, plan.first)
+        except Exception as error:  # of a plan that does not fit its bytes
+            raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
+
+    def _record(self, name: str, item: Any) -> _Record:
+        path = self._directory / item.relative_path
         try:
             with path.open("rb") as file, zipfile.ZipFile(_View(file, item.offset, item.length)) as archive:
                 pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
@@ -129,13 +167,21 @@ class CheckpointFiles:
                     4
                 )  # of the name, two bytes, and of the extra: the archive's end has others
             skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            n_elements = info.file_size // plan.dtype.itemsize
-            if not n_elements:
-                return torch.empty(plan.shape, dtype=plan.dtype)
-            flat = mapped.tensor(header + 30 + skipped, plan.dtype, n_elements)
-            return flat.as_strided(plan.shape, plan.stride, plan.first)
+            start = header + 30 + skipped
+            if start + info.file_size > item.offset + item.length:
+                raise pickle.UnpicklingError("it is cut off")
+            return _Record(plan, start, info.file_size, info.CRC)
         except Exception as error:  # of a file that is not one, anything
             raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
+
+
+class _Record(NamedTuple):
+    """A tensor's bytes in a file: what they are, the first one, how many, and what their CRC32 was."""
+
+    plan: _TensorPlan
+    start: int
+    length: int
+    crc32: int
 
 
 class CheckpointFileWriter:

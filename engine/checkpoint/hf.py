@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from paralign.models.weights import Rule, Shape, Views, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
 from ..files.whole_file import write_whole
+from .file_manifest import digest_directory
+from .manifest import Digest, write_manifest
+from .rawfile import Behind
+from .tensor_digest import digest, refuse_other, tensor_fault
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
 SINGLE = "model.safetensors"
@@ -71,6 +75,7 @@ class HFReader:
         self.directory = self.assets = directory
         self.arch = arch_of(directory)
         self.rules = rules_for(self.arch)
+        self.expected: Mapping[str, Digest] = {}
         self._files: dict[str, MappedFile] = {}
         headers = _read_headers(directory)
         self.files = [directory / file for file in headers]
@@ -103,6 +108,13 @@ class HFReader:
 
     def native(self, rule: Rule) -> Views:
         return rule.parts(self.read)
+
+    def check(self, rule: Rule) -> None:
+        """Raises WeightsError unless a rule's tensors are what the manifest says, if it says anything."""
+        for name in rule.hf if self.expected else ():
+            file = self._files[name]
+            fault = tensor_fault(rule.shapes[name], [file[name]], self.expected.get(name), file.release)
+            refuse_other(file.path, name, fault)
 
     def release(self) -> None:
         """Drops the pages that reading has brought into memory."""
@@ -198,6 +210,8 @@ class StageWriter:
         self._file_of = {name: file for file in plan.files if file.stage == stage for name in file.shapes}
         self._missing = set(self._file_of)
         self._open: dict[str, TensorFileWriter] = {}
+        self._stage = stage
+        self._hasher, self._digests = Behind(), {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, cast to the plan's dtype; from any device.
@@ -214,19 +228,32 @@ class StageWriter:
             path = _unfinished(self._directory, file)
             self._open[file.name] = TensorFileWriter(path, file.shapes, self._plan.dtype)
         writer = self._open[file.name]
-        writer.write(name, [tensor.detach().to("cpu", self._plan.dtype).contiguous()])
+        written = tensor.detach().to("cpu", self._plan.dtype).contiguous()
+        writer.write(name, [written])
+        self._hasher.submit(self._note, name, written)
         self._missing.discard(name)
         if not writer.missing:
             self._open.pop(file.name).close()
 
     def close(self) -> None:
-        """Raises ValueError if a tensor of this stage was never added."""
+        """Leaves the digests of the tensors for `finish_export`.
+
+        Raises:
+            ValueError: a tensor of this stage was never added.
+        """
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were never added: {_some(self._missing)}")
+        self._hasher.wait()
+        write_whole(_digests_of(self._directory, self._stage), json.dumps(self._digests))
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        self._digests[name] = asdict(digest(tensor.shape, [tensor]))
 
 
 def finish_export(directory: Path, plan: ShardPlan) -> None:
-    """Gives all the files their names, the index last; called once, after every stage has closed its writer.
+    """Gives all the files their names, the index and the manifest last.
+
+    Called once, after every stage has closed its writer and all else is in the directory.
 
     Raises:
         WeightsError: a stage's file is not there in full.
@@ -240,6 +267,13 @@ def finish_export(directory: Path, plan: ShardPlan) -> None:
     for file in plan.files:
         os.replace(_unfinished(directory, file), directory / file.name)
     write_index(directory, plan)
+    digests = {}
+    for stage in sorted({file.stage for file in plan.files}):
+        noted = _digests_of(directory, stage)
+        digests |= {name: Digest(**entry) for name, entry in json.loads(noted.read_text()).items()}
+        noted.unlink()
+    files = digest_directory(directory, without={file.name for file in plan.files})
+    write_manifest(directory, files, digests)
 
 
 def write_index(directory: Path, plan: ShardPlan) -> None:
@@ -426,6 +460,10 @@ def _harmless(name: str, *, tied: bool) -> bool:
 
 def _unfinished(directory: Path, file: ShardFile) -> Path:
     return directory / f"{file.name}.part"
+
+
+def _digests_of(directory: Path, stage: int) -> Path:
+    return directory / f"stage-{stage}.json.part"
 
 
 def _some(names: Sequence[str] | set[str]) -> str:

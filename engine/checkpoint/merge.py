@@ -27,8 +27,9 @@ from ..config.recipe_file import dump_yaml, load_recipe_file
 from ..data.tokenizer import vocabulary
 from . import merge_methods as methods
 from .convert import state_of
-from .manifest import MANIFEST, Digest, digest, fingerprint, read_manifest, write_manifest
+from .manifest import MANIFEST, Digest, fingerprint
 from .source import ModelSource, open_source
+from .tensor_digest import digest
 from .writing import Kind, Report, WriteOptions, dtype_named, refuse_unless_empty, write_model
 
 MethodName = Literal["linear", "task_arithmetic", "model_stock", "slerp", "ties", "dare_ties"]
@@ -187,16 +188,16 @@ def merge(
         )
         identity = {"merge": text, "seed": seed, "parents": [state_of(parent) for parent in source.parents]}
 
-        def finish(directory: Path, digests: dict[str, Digest]) -> None:
+        def about(directory: Path) -> dict[str, Any]:
             prints = source.fingerprints()
             parents = [
                 {"model": str(parent.directory), "fingerprint": print_}
                 for parent, print_ in zip(source.parents, prints)
             ]
-            write_manifest(directory, digests, merge=text, seed=seed, parents=parents)
             (directory / CARD).write_text(_card(config, text, source.parents, prints), encoding="utf-8")
+            return {"merge": text, "seed": seed, "parents": parents}
 
-        return write_model(source, dst, options, identity=identity, finish=finish)
+        return write_model(source, dst, options, identity=identity, about=about)
 
 
 class _Merged:
@@ -217,6 +218,7 @@ class _Merged:
         self.directory, self.assets, self.arch = first.directory, first.assets, first.arch
         self.rules = rules_for(self.arch)
         self.files = first.files
+        self.expected: Mapping[str, Digest] = {}
         self.out = torch.float32
         for other in self.parents[1:]:
             _refuse_unlike(first, other)
@@ -248,6 +250,10 @@ class _Merged:
             left.copy_(right)
         return whole
 
+    def check(self, rule: Rule) -> None:
+        for parent in self.parents:
+            parent.check(rule)
+
     def release(self) -> None:
         for parent in self.parents:
             parent.release()
@@ -259,19 +265,15 @@ class _Merged:
                 self._hash(name, rule, [parent.tensors(rule)[name] for parent in self.parents])
             self.release()
         return [
-            fingerprint(
-                read_manifest(parent.directory)
-                if (parent.directory / MANIFEST).is_file()
-                else {name: future.result() for name, future in digests.items()}
-            )
+            fingerprint(parent.expected or {name: future.result() for name, future in digests.items()})
             for parent, digests in zip(self.parents, self._digests)
         ]
 
     def _hash(self, name: str, rule: Rule, tensors: Sequence[Views]) -> list[Future[Digest]]:
-        """Starts to hash a tensor of those parents that have no manifest, unless it has been hashed."""
+        """Starts to hash a tensor of those parents whose manifest has none, unless it has been hashed."""
         started = []
         for parent, parts, digests in zip(self.parents, tensors, self._digests):
-            if name not in digests and not (parent.directory / MANIFEST).is_file():
+            if name not in digests and not parent.expected:
                 digests[name] = self._hasher.submit(digest, rule.shapes[name], parts)
                 started.append(digests[name])
         return started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; Python has the name from 3.13 on
 FLUSH_BYTES = 2**28  # what may wait for the disk: little is left to wait for when the file is closed
+HELD_BYTES = 2**28  # of mapped files may be in memory for each worker before they are let go of
 
 
 class MappedBytes:
@@ -32,6 +33,20 @@ class MappedBytes:
     def release(self) -> None:
         """Drops the pages that reading has brought into memory; tensors stay valid and read them again."""
         self._bytes.madvise(mmap.MADV_DONTNEED)
+
+
+def lightly(
+    pieces: Iterator[tuple[Tensor, ...]], *releases: Callable[[], None]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The pieces; what was read for them does not stay in memory, however large the tensor."""
+    held = 0
+    for piece in pieces:
+        yield piece
+        held += sum(tensor.nbytes for tensor in piece)
+        if held >= HELD_BYTES:
+            held = 0
+            for release in releases:
+                release()
 
 
 def raw(tensor: Tensor) -> memoryview:

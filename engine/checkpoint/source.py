@@ -16,11 +16,14 @@ from torch import Tensor
 
 from paralign.models import rules_for
 from paralign.models.arch import Arch
-from paralign.models.errors import CheckpointError
+from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import Rule, Views, Vocabulary
 
 from .dcpfile import CheckpointFiles
+from .file_manifest import broken_files
 from .hf import HFReader, arch_of, is_native, one_dtype
+from .manifest import MANIFEST, Digest, Manifest, read_manifest
+from .tensor_digest import refuse_other, tensor_fault
 from .unpickle import METADATA
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -34,6 +37,7 @@ class ModelSource(Protocol):
         files: those with the weights.
         arch, rules: from its config.
         kind: `hf` or `native`.
+        expected: what the manifest says of the tensors, by the names that they have on disk; may be empty.
     """
 
     directory: Path
@@ -42,6 +46,7 @@ class ModelSource(Protocol):
     arch: Arch
     rules: tuple[Rule, ...]
     kind: str
+    expected: Mapping[str, Digest]
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all the tensors; raises if there are several."""
@@ -60,6 +65,9 @@ class ModelSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor by Hugging Face name: what `Rule.slice` asks for."""
+
+    def check(self, rule: Rule) -> None:
+        """Reads a rule's tensors; raises WeightsError unless they are what was written, as far as that is known."""
 
     def release(self) -> None:
         """Drops the pages of the files that reading has brought into memory."""
@@ -87,9 +95,10 @@ class NativeSource:
         self.files = self._checkpoint.files
         self._rule_of = {name: rule for rule in self.rules for name in rule.hf}
         self._last: tuple[str, Mapping[str, Tensor]] = ("", {})
-        self._check()
+        self.expected: Mapping[str, Digest] = {}
+        self._check_shapes()
 
-    def _check(self) -> None:
+    def _check_shapes(self) -> None:
         stored = self._checkpoint.stored
         expected = {rule.native: rule for rule in self.rules}
         for name, rule in expected.items():
@@ -133,6 +142,17 @@ class NativeSource:
             self._last = rule.native, tensors
         return tensors[name]
 
+    def check(self, rule: Rule) -> None:
+        if not self.expected:  # of a run, whose files' digests take in the optimizer's state
+            self._checkpoint.check(rule.native)
+            return
+        for name, parts in self.stored(rule).items():
+            refuse_other(
+                self._checkpoint.files_of(name)[0],
+                name,
+                tensor_fault(rule.shapes[name], parts, self.expected.get(name), self._checkpoint.release),
+            )
+
     def release(self) -> None:
         self._last = "", {}
         self._checkpoint.release()
@@ -142,11 +162,39 @@ class NativeSource:
 
 
 def open_source(directory: Path) -> ModelSource:
-    """The model in a directory.
+    """The model in a directory. Files that belong to it are as its manifest says, where it has one.
 
     Raises:
         WeightsError, CheckpointError: it cannot be read as stated.
     """
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        _refuse_broken(directory, manifest)
+    source = open_unchecked(directory)
+    if manifest is not None:
+        source.expected = manifest.tensors
+    return source
+
+
+def open_unchecked(directory: Path) -> ModelSource:
+    """The model in a directory, whatever a manifest says; raises as `open_source`."""
     if is_native(directory) or sorted(directory.glob("iter_*")):
         return NativeSource(directory)
     return HFReader(directory)
+
+
+def _refuse_broken(directory: Path, manifest: Manifest) -> None:
+    """Raises WeightsError where a file that reading a model needs is not as the manifest says.
+
+    Of a run's checkpoint these are not the optimizer's, and its tensors are checked one by one.
+    """
+    needed = [
+        name
+        for name in manifest.files
+        if not is_native(directory) or name == METADATA or name.startswith("hf/")
+    ]
+    if faults := broken_files(directory, needed):
+        raise WeightsError(
+            f"{directory / faults[0]}, by {directory / MANIFEST}; copy it again, or, if it was changed on purpose, "
+            "take its entry out of the manifest"
+        )

@@ -80,7 +80,7 @@ class MappedFile:
     """Tensors of one file, mapped into memory: a slice of one reads from disk what it covers."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
-        self._entries = entries
+        self.path, self._entries = path, entries
         self._bytes = MappedBytes(path)
         self.release = self._bytes.release
 

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,17 +27,18 @@ from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import Rule, Views, bit_equal, count_parameters, in_blocks
 
 from ..files.whole_file import name_directory, write_whole
+from .file_manifest import digest_directory
 from .hf import Assets, copy_assets, parse_size
-from .manifest import Digest, digest
-from .rawfile import Behind, raw
-from .source import ModelSource, open_source
+from .manifest import MANIFEST, Digest, write_manifest
+from .rawfile import Behind, lightly, raw
+from .source import ModelSource, open_unchecked
 from .target import HFTarget, NativeTarget, Target
+from .tensor_digest import digest
 from .workers import Advance, ByteBar, over
 
 Kind = Literal["hf", "native"]
 TARGETS: dict[Kind, type[HFTarget] | type[NativeTarget]] = {"hf": HFTarget, "native": NativeTarget}
 PLAN = "plan.json"
-HELD_BYTES = 2**28  # of files may be in memory for each worker before they are let go of
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,20 @@ def write_model(
     options: WriteOptions,
     *,
     identity: Mapping[str, Any],
-    finish: Callable[[Path, dict[str, Digest]], None],
+    about: Callable[[Path], Mapping[str, Any]],
 ) -> Report:
-    """Writes the model of `source` to `dst`.
+    """Writes the model of `source` to `dst`, with a manifest; what is read is checked by that of `source`.
 
     Args:
         dst: absent or empty.
         identity: what the bytes depend on besides `options`; a run that was cut off is gone on with only if
             it is the same.
-        finish: writes what else belongs into the directory, given its path and the digests of its tensors.
+        about: says what the manifest is to say of where the model comes from; called when all is written, with
+            the directory, to which it may add.
 
     Raises:
-        CheckpointError, WeightsError: `dst` is not empty, the disk is too small, a tensor is not finite, or
-            what was written is not what was read.
+        CheckpointError, WeightsError: `dst` is not empty, the disk is too small, a tensor is not finite, one is not
+            what it was when `source` was written, or what was written is not what was read.
     """
     refuse_unless_empty(dst)
     shard_bytes = parse_size(options.max_shard_size)
@@ -138,10 +140,12 @@ def write_model(
             wrote = time.monotonic()
             if options.verify:
                 advance = bar.task("verifying", total=target.tensor_bytes)
-                digests = job.verify(open_source(part), options.workers, advance)
+                digests = job.verify(open_unchecked(part), options.workers, advance)
             else:
                 digests = job.early_digests()
-        finish(part, digests)
+        passing = {MANIFEST, PLAN, *target.files, *map(job.note, target.files)}
+        files = digest_directory(part, without=passing)
+        write_manifest(part, files, digests, **about(part))
         job.clean_up()
     return Report(
         kind=options.kind,
@@ -176,28 +180,41 @@ class _Job:
 
             def tensors() -> Iterator[tuple[str, Views]]:
                 for rule, names in self._target.content[file]:
+                    sound = checker.submit(self._source.check, rule)
                     if self._target.kind == "hf":
                         read = self._source.tensors(rule)
                     else:
                         read = {rule.native: self._source.native(rule)}
                     for name in names:
-                        yield name, self._passing(name, rule, read[name], digests, advance)
+                        yield name, self._passing(name, rule, read[name], sound, digests, advance)
                     self._source.release()
 
             facts = self._target.write(file, tensors())
             write_whole(self._done(file), json.dumps({"digests": digests, "facts": facts}))
 
-        over(files, write_file, workers)
+        with ThreadPoolExecutor(workers) as checker:
+            over(files, write_file, workers)
         self._target.facts = {file: self._noted(file, "facts") for file in self._target.files}
 
     def _passing(
-        self, name: str, rule: Rule, parts: Views, digests: dict[str, Any], advance: Advance
+        self,
+        name: str,
+        rule: Rule,
+        parts: Views,
+        sound: Future[None],
+        digests: dict[str, Any],
+        advance: Advance,
     ) -> Iterator[Tensor]:
-        """A tensor's blocks, checked, cast, and hashed if it is early."""
+        """A tensor's blocks, checked, cast, and hashed if it is early.
+
+        Raises what `sound` does: meanwhile another thread finds whether the source is what it was.
+        """
         behind, hasher = Behind(), hashlib.sha256()
-        for (block,) in _lightly(in_blocks(parts), self._source):
+        for (block,) in lightly(in_blocks(parts), self._source.release):
             cast = block.to(self._dtype)
-            _refuse_unless_finite(name, block, cast)
+            if fault := _not_finite(name, block, cast):
+                sound.result()  # a broken source says so
+                raise WeightsError(fault)
             block = cast
             if self._digest_early:
                 behind.submit(hasher.update, raw(block))
@@ -207,6 +224,7 @@ class _Job:
             behind.wait()
             dtype = str(self._dtype).removeprefix("torch.")
             digests[name] = asdict(Digest(list(rule.shapes[name]), dtype, hasher.hexdigest()))
+        sound.result()
 
     def verify(self, written: ModelSource, workers: int, advance: Advance) -> dict[str, Digest]:
         """Every tensor read back, mapped to Hugging Face's names, compared with the source; digests as stored."""
@@ -217,7 +235,8 @@ class _Job:
             hashed = {name: hasher.submit(digest, rule.shapes[name], parts) for name, parts in stored.items()}
             original, back = self._source.tensors(self._source.rules[i]), written.tensors(rule)
             for name in rule.hf:
-                for expected, found in _lightly(in_blocks(original[name], back[name]), self._source, written):
+                pairs = in_blocks(original[name], back[name])
+                for expected, found in lightly(pairs, self._source.release, written.release):
                     if not bit_equal(expected.to(self._dtype), found):
                         raise WeightsError(
                             f"{written.directory}: {name} was not read back as written; is the disk sound?"
@@ -243,34 +262,26 @@ class _Job:
         for file in self._target.files:
             self._done(file).unlink()
 
+    def note(self, file: str) -> str:
+        """The name of the note that a file is finished."""
+        return f"{file}.done.json"
+
     def _noted(self, file: str, what: str) -> Any:
         return json.loads(self._done(file).read_text())[what]
 
     def _done(self, file: str) -> Path:
-        return self._target.directory / f"{file}.done.json"
+        return self._target.directory / self.note(file)
 
 
-def _refuse_unless_finite(name: str, tensor: Tensor, cast: Tensor) -> None:
-    """Raises WeightsError for NaN or Inf; they come out of the extremes, in one pass and without a mask."""
+def _not_finite(name: str, tensor: Tensor, cast: Tensor) -> str:
+    """An error for NaN or Inf, else nothing; they come out of the extremes, in one pass and without a mask."""
     if all(torch.isfinite(extreme) for extreme in torch.aminmax(cast)):
-        return
+        return ""
     largest = tensor.abs().max()
     if torch.isfinite(largest):
         dtype = str(cast.dtype).removeprefix("torch.")
-        raise WeightsError(f"{name}: holds {largest:g}, too large for {dtype}; choose another dtype")
-    raise WeightsError(f"{name}: holds NaN or Inf; the model was saved after it had diverged")
-
-
-def _lightly(pieces: Iterator[tuple[Tensor, ...]], *sources: ModelSource) -> Iterator[tuple[Tensor, ...]]:
-    """The pieces; what was read for them does not stay in memory, however large the tensor."""
-    held = 0
-    for piece in pieces:
-        yield piece
-        held += sum(tensor.nbytes for tensor in piece)
-        if held >= HELD_BYTES:
-            held = 0
-            for source in sources:
-                source.release()
+        return f"{name}: holds {largest:g}, too large for {dtype}; choose another dtype"
+    return f"{name}: holds NaN or Inf; the model was saved after it had diverged"
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from paralign.engine.checkpoint import rawfile, writing
 from paralign.engine.checkpoint.convert import convert
 from paralign.engine.checkpoint.hf import Assets, HFReader, copy_assets
-from paralign.engine.checkpoint.manifest import compare
 from paralign.engine.checkpoint.target import NativeTarget
+from paralign.engine.checkpoint.verify import compare
 from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
 
@@ -153,7 +153,7 @@ class Forgetful(HFReader):
 
 
 def test_a_disk_that_lies_is_noticed_and_leaves_nothing(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(writing, "open_source", Forgetful)
+    monkeypatch.setattr(writing, "open_unchecked", Forgetful)
     with pytest.raises(WeightsError, match=r"model.layers.1.mlp.up_proj.weight was not read back"):
         convert(checkpoint, tmp_path / "dst", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000100"]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from paralign.engine.checkpoint.convert import convert
-from paralign.engine.checkpoint.manifest import check_against_manifest, compare
 from paralign.engine.checkpoint.merge import load_merge, merge
+from paralign.engine.checkpoint.verify import check_against_manifest, compare
 from paralign.models.errors import RecipeError, WeightsError
 
 from ...tiny import random_model

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from paralign.engine.checkpoint import workers
 from paralign.engine.checkpoint.convert import convert
-from paralign.engine.checkpoint.manifest import check_against_manifest, compare
 from paralign.engine.checkpoint.merge import load_merge, merge
+from paralign.engine.checkpoint.verify import check_against_manifest, compare
 
 from ...tiny import random_model
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from paralign.engine.checkpoint.convert import convert
-from paralign.engine.checkpoint.manifest import Difference, check_against_manifest, compare
+from paralign.engine.checkpoint.verify import Difference, check_against_manifest, compare
 from paralign.engine.cli import app
 from paralign.models.errors import WeightsError
 
