@@ -108,22 +108,42 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM's account.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, such as 2-00:00:00.")] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, help="Cores of each rank; default: an equal share of the node.")
+    ] = None,
+    mem: Annotated[str, typer.Option(help="Memory of a node, such as 900G; 0 is all of it.")] = "0",
+    exclusive: Annotated[bool, typer.Option(help="Share the nodes with nobody.")] = True,
     requeue: Annotated[bool, typer.Option(help="Queue again when the time limit stops the run.")] = False,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=VALUE]", help="Any other option of sbatch; may be given several times."),
+    ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Show the script and submit nothing.")] = False,
 ) -> None:
     """Check a recipe, then submit it to SLURM."""
-    from .processes.slurm import Job, batch_script, submit
+    from .processes.slurm import Job, batch_script, options_of, submit
     from .run.check import check
     from .run.recipe import load
 
     loaded = load(recipe, overrides or ())
-    job = Job(nodes, gpus_per_node, partition, account, time, requeue)
+    save_seconds = 0.0
+    if not print_only:
+        save_seconds = check(loaded, nodes * gpus_per_node, progress=True).save_seconds
+    job = Job(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        partition=partition,
+        account=account,
+        time=time,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        exclusive=exclusive,
+        requeue=requeue,
+        save_seconds=save_seconds,
+        others=options_of(sbatch or ()),
+    )
     script = batch_script(recipe.resolve(), overrides or (), job, run_dir=loaded.run_dir)
-    if print_only:
-        typer.echo(script, nl=False)
-        return
-    check(loaded, nodes * gpus_per_node, progress=True)
-    typer.echo(submit(script, run_dir=loaded.run_dir))
+    typer.echo(script if print_only else submit(script, run_dir=loaded.run_dir), nl=not print_only)
 
 
 @app.command("check")

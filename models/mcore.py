@@ -4,6 +4,7 @@
 
 import logging
 import warnings
+from queue import Queue, SimpleQueue
 from typing import Any
 
 from . import host, weight_gradient
@@ -15,8 +16,9 @@ with warnings.catch_warnings():
     # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -49,7 +51,39 @@ with warnings.catch_warnings():
 # The same absences again, at every construction of a layer.
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
-TorchDistSaveShardedStrategy = torch_strategies.TorchDistSaveShardedStrategy
+
+class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy):
+    """megatron-core's, without its processes: it would spawn a manager on each rank, which outlives the rank.
+
+    A request of `async_save` has a plain queue as its third argument; whoever writes puts the results there, by the
+    number of the bucket, before the finalize functions run.
+    """
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+        """See megatron-core."""
+        theirs = filesystem_async._get_write_results_queue
+        filesystem_async._get_write_results_queue = SimpleQueue
+        try:
+            return super().async_save(sharded_state_dict, checkpoint_dir)
+        finally:
+            filesystem_async._get_write_results_queue = theirs
+
+
+def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
+    """What megatron-core's writer does in a process of its own: one file, brought to the disk; its write results.
+
+    Raises:
+        Exception: what went wrong with it.
+    """
+    results: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+    waiting: Queue[int] = Queue()
+    waiting.put(number)
+    writer = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data(transforms, number, bucket, results, waiting, use_fsync=True)
+    _, found = results.get()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 class TorchDistLoadShardedStrategy(torch_strategies.TorchDistLoadShardedStrategy):

@@ -13,7 +13,9 @@ class CheckpointConfig(Section):
     """When training state and Hugging Face weights are written, and which of them stay.
 
     Attributes:
-        save_every_steps: steps between training states; null saves none.
+        save_every_steps: steps between training states; null saves none by steps.
+        save_every_minutes: a training state at the first step after so many minutes without one, beside those by
+            steps; null saves none by the clock.
         keep_last: how many of the newest training states stay; null keeps all.
         keep_best: a metric, such as validation/chat/loss; the state where it is lowest stays too.
         async_save: writes while training goes on.
@@ -24,6 +26,7 @@ class CheckpointConfig(Section):
     """
 
     save_every_steps: int | None = Field(None, ge=1)
+    save_every_minutes: float | None = Field(None, gt=0)
     keep_last: int | None = Field(None, ge=1)
     keep_best: str | None = None
     async_save: bool = False

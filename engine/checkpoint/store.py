@@ -3,6 +3,7 @@
 <run_dir>/checkpoints/iter_0000100/                 complete: it got its name by a rename, at the very end
                       iter_0000200.part/            being written, or left by a run that died
                       .iter_0000100.aside/          the one before, while a newer one of its step takes its place
+                      iter_0000100.broken/          was complete, and is no more what was written
                       latest_checkpointed_iteration.txt
 """
 
@@ -36,11 +37,13 @@ class Progress:
         step: steps done; the next one has this number.
         data: fingerprint of samples and packing: the same samples follow only if it is the same.
         metrics: of the last evaluation.
+        manifest: the checkpoint has a manifest of its files; those of older versions have none.
     """
 
     step: int
     data: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    manifest: bool = False
 
 
 def directory_of(root: Path, step: int) -> Path:
@@ -53,8 +56,8 @@ def unfinished(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.part")
 
 
-def complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first.
+def complete(root: Path, *, at_most: int | None = None) -> list[Path]:
+    """Complete checkpoints, oldest first; those after at most so many steps.
 
     One that was set aside counts where a kill came before the other one had its name.
     """
@@ -64,21 +67,39 @@ def complete(root: Path) -> list[Path]:
     for path in sorted(root.iterdir(), reverse=True):  # iter_0000100 comes before .iter_0000100.aside
         if _NAME.fullmatch(path.name) and (path / PROGRESS).is_file():
             found.setdefault(_step_of(path), path)
-    return [found[step] for step in sorted(found)]
+    return [found[step] for step in sorted(found) if at_most is None or step <= at_most]
 
 
-def latest(root: Path, *, at_most: int | None = None) -> Path | None:
-    """The newest complete checkpoint, or the newest after at most so many steps.
-
-    The tracker file is for people and other tools, and is not needed.
-    """
-    found = [path for path in complete(root) if at_most is None or _step_of(path) <= at_most]
-    return max(found, key=_step_of, default=None)
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint. The tracker file is for people and other tools, and is not needed."""
+    return next(reversed(complete(root)), None)
 
 
 def passed_over(root: Path) -> list[str]:
-    """Names of checkpoints that a run left unfinished."""
-    return sorted(path.name for path in root.glob("iter_*.part"))
+    """Names of checkpoints that a run left unfinished, or that have lost the file that says how far they are."""
+    return sorted(
+        path.name
+        for path in root.glob("iter_*")
+        if path.name.endswith(".part") or (_NAME.fullmatch(path.name) and not (path / PROGRESS).is_file())
+    )
+
+
+def sweep(root: Path) -> None:
+    """Remove what saves that were cut off have left; nobody else may be saving here."""
+    for path in root.glob("iter_*.part"):
+        remove_directory(path)
+
+
+def set_broken_aside(directory: Path) -> Path:
+    """Take a checkpoint's name from it, so that it is not gone on from again; its new name."""
+    aside = _free_name(directory, "broken")
+    os.rename(directory, aside)
+    return aside
+
+
+def _free_name(directory: Path, what: str) -> Path:
+    names = (directory.with_name(f"{directory.name}.{what}{n or ''}") for n in count())
+    return next(name for name in names if not name.exists())
 
 
 def read_progress(directory: Path) -> Progress:
@@ -103,8 +124,7 @@ def publish(directory: Path) -> None:
     if directory.exists() and not (directory / PROGRESS).is_file():
         # Not a checkpoint of ours. It keeps what it holds, and one of ours that was set aside stays until the newer
         # one is there.
-        others = (directory.with_name(f"{directory.name}.other{n}") for n in count(1))
-        os.rename(directory, next(name for name in others if not name.exists()))
+        os.rename(directory, _free_name(directory, "other"))
     replace_directory(unfinished(directory), directory)
     write_whole(directory.parent / TRACKER, f"{_step_of(directory)}\n")
 

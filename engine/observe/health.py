@@ -89,9 +89,11 @@ class Health:
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them. Collective."""
-        asked = torch.tensor([float(self._stop.asked)], device=self._device)
+        asked = torch.tensor([float(self._stop.signal)], device=self._device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        agreed = int(asked.item())
+        self._stop.signal = max(self._stop.signal, agreed)
+        return agreed > 0
 
     def _watch(self) -> None:
         interval = min(1.0, self._stall_seconds / 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from paralign.models.mcore import parallel_state, tensor_parallel
 
 from .layout import AXES, Layout
+from .meeting import of_this_attempt
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class Mesh:
     def barrier(self) -> None:
         dist.barrier()
 
+    def largest(self, number: float) -> float:
+        """The largest of the numbers that the ranks give. Collective."""
+        found = torch.tensor([float(number)], device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
     def send_to_copies(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` in all copies of the model by that of the first."""
         if self.dp.size > 1:
@@ -107,6 +115,8 @@ def open_world(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if store is None:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = of_this_attempt(store, rank, world_size, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -19,10 +18,10 @@ from typing import IO
 
 from paralign.models.errors import TrainingError
 
+from .child import die_with_parent
 from .stop import STOP_SIGNALS
 
 _POLL_SECONDS = 0.02
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -146,17 +145,11 @@ def _start(command: list[str], environ: Mapping[str, str], rank: int) -> subproc
 
 def _before_python() -> Callable[[], None]:
     """What a rank does first: it keeps signals until it can hear them, and dies with this process on Linux."""
-    on_linux = sys.platform == "linux"
-    prctl = ctypes.CDLL(None).prctl if on_linux else None  # here: nothing is loaded after the fork
     parent = os.getpid()
 
     def in_child() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        if prctl is None:
-            return
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before it could be watched
-            os._exit(1)
+        die_with_parent(parent)
 
     return in_child
 

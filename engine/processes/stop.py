@@ -12,11 +12,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: what was done is saved; start it again
+STOPPED = "PARALIGN_STOPPED"  # environment: a file in which rank 0 names the signal that stopped the run
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun and SLURM; SLURM's warning before the time limit
 
 
@@ -27,11 +30,12 @@ class Stop:
     for each other for hours. After `defer()` it is only noted.
 
     Attributes:
-        asked: a signal has come.
+        signal: the one that asked, here or, once ranks have agreed, anywhere; 0 before. Of two the larger: SIGTERM
+            ends a run for good, SIGUSR1 lets it go on later.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.signal = 0
         self._deferred = False
         self._left = False
 
@@ -58,6 +62,16 @@ class Stop:
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal != 0
+
+    def tell(self) -> None:
+        """Leave word of the signal for whoever started the run: a batch script decides by it. For rank 0."""
+        if path := os.environ.get(STOPPED):
+            Path(path).write_text(signal.Signals(self.signal).name)
+
     def defer(self) -> None:
         """From now on a request is noted, and somebody looks at `asked`."""
         self._deferred = True
@@ -71,11 +85,13 @@ class Stop:
 
     def _ask(self, number: int, frame: FrameType | None = None) -> Any:
         del frame
-        self.asked = True
+        self.signal = max(self.signal, number)
         if self._deferred:
             return
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             name = signal.Signals(number).name
+            with suppress(OSError):
+                self.tell()
             # Not through sys.stderr: another thread may hold its lock, and this one ends the process.
             os.write(2, f"{name} in start-up: stopped, nothing is saved\n".encode())
         os._exit(EXIT_STOPPED)

@@ -43,7 +43,7 @@ from ..training.export import export_hf
 from ..training.learner import Learner
 from ..training.model import Model
 from ..training.optim import Optimizer
-from ..training.state import NativeCheckpoints
+from ..training.state import NativeCheckpoints, broken, set_broken_aside
 from .check import CheckReport, sources_of_columns
 from .recipe import Recipe, dump
 from .trainer import Course, Trainer
@@ -86,8 +86,8 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             total_steps=report.total_steps,
             log=recipe.train.log_every_steps,
             evaluate=recipe.train.eval_every_steps,
-            save=recipe.checkpoint.save_every_steps,
             export=recipe.checkpoint.export_every_steps,
+            export_missing=replay_step is None and export_is_missing(recipe, mesh, start.step),
             on_nonfinite=recipe.train.on_nonfinite,
             counts_tokens="num_tokens" in recipe.observe.token_metrics,
         ),
@@ -226,18 +226,25 @@ class Start:
     Attributes:
         newest: the checkpoint that it goes on from, if any.
         passed_over: names of those that are not finished.
+        broken: newer ones that are not as they were written, and why.
+        checked: its files are as they were written; those of older versions have no checksums.
     """
 
     step: int
     newest: Path | None
     passed_over: Sequence[str]
+    broken: Sequence[str] = ()
+    checked: bool = True
 
     @property
     def text(self) -> str:
         """The same in words."""
         resumed = f", resumed from {self.newest}" if self.newest else ""
+        if self.newest and not self.checked:
+            resumed += ", which an older version wrote without checksums: not checked"
         left = f"; passed over {', '.join(self.passed_over)}, not finished" if self.passed_over else ""
-        return f"step {self.step}{resumed}{left}"
+        broken = f"; set aside as broken: {', '.join(self.broken)}" if self.broken else ""
+        return f"step {self.step}{resumed}{left}{broken}"
 
 
 def build_checkpoints(
@@ -253,13 +260,15 @@ def build_checkpoints(
     checkpoints = NativeCheckpoints(
         root, recipe.checkpoint, learner.model, learner.optimizer, assets=assets, recipe=dump(recipe)
     )
-    newest, left = store.latest(root, at_most=replay_step), store.passed_over(root)
-    if newest is None:
-        return checkpoints, Start(0, newest, left)
+    found, left = store.complete(root, at_most=replay_step), store.passed_over(root)
+    if not found:
+        return checkpoints, Start(0, None, left)
+    newest = found[-1]
     if recipe.checkpoint.resume == "never" and replay_step is None:
         raise CheckpointError(
             f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
         )
+    newest, set_aside = newest_whole(found, learner.model.mesh, set_aside=replay_step is None)
     progress = checkpoints.load(newest)
     if progress.data != fingerprint:
         raise CheckpointError(
@@ -267,7 +276,41 @@ def build_checkpoints(
             "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or "
             "start a new run_dir from the export"
         )
-    return checkpoints, Start(progress.step, newest, left)
+    return checkpoints, Start(progress.step, newest, left, set_aside, checked=progress.manifest)
+
+
+def newest_whole(found: Sequence[Path], mesh: Mesh, *, set_aside: bool) -> tuple[Path, list[str]]:
+    """The newest of these checkpoints that is as it was written, and what is wrong with newer ones. Collective.
+
+    Args:
+        found: oldest first.
+        set_aside: give those that are broken another name.
+
+    Raises:
+        CheckpointError: none is whole; then none is renamed.
+    """
+    faults: dict[Path, list[str]] = {}
+    for directory in reversed(found):
+        if not (wrong := broken(directory, mesh)):
+            break
+        faults[directory] = wrong
+    told = [f"{directory.name} ({'; '.join(wrong[:3])})" for directory, wrong in faults.items()]
+    if len(faults) == len(found):
+        raise CheckpointError(
+            f"{found[-1].parent}: no checkpoint is as it was written: {', '.join(told)}; restore one from a copy, "
+            "or choose another run_dir to start over"
+        )
+    if set_aside:
+        set_broken_aside(list(faults), mesh)
+    return directory, told
+
+
+def export_is_missing(recipe: Recipe, mesh: Mesh, step: int) -> bool:
+    """Whether the export after so many steps was due, and is not there. Collective."""
+    every = recipe.checkpoint.export_every_steps
+    if not (every and step) or step % every:
+        return False
+    return bool(mesh.largest(mesh.is_main and not (recipe.run_dir / "hf" / f"iter_{step:07d}").exists()))
 
 
 def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, logs: bool) -> Watch:

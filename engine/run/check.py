@@ -7,6 +7,7 @@ and no GPU.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,13 @@ from ..objectives.reward import RewardConfig
 from ..observe.config import check_installed
 from ..observe.metrics import facts_block
 from ..parallel.layout import Layout, layers_of_stage, resolve, stage_rules
+from ..processes.slurm import waits_of_slurm
 from .recipe import Recipe
+
+SAVE_BYTES_PER_SECOND = (
+    5e8  # of a rank that serialises, hashes and writes to a shared file system, if it is slow
+)
+TORCHRUN_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,12 @@ class CheckReport:
     caches: Mapping[str, TokenCache]
     steps: StepStatistics
     total_steps: int
+
+    @property
+    def save_seconds(self) -> float:
+        """What a checkpoint takes at `SAVE_BYTES_PER_SECOND`: a copy of the model writes, each rank its part."""
+        each = 2 + 12 if self.recipe.model.dtype == "bf16" else 4 + 8
+        return self.parameters_per_rank * each / SAVE_BYTES_PER_SECOND
 
     @property
     def state_bytes_per_rank(self) -> float:
@@ -90,9 +103,22 @@ class CheckReport:
             f"{steps.utilisation:.1%} of them real",
             "a step": f"{train.global_batch_size} packs, {layout.micro_batches} on each of dp {layout.dp}; "
             f"{_spread(steps.samples)} samples, {_spread(steps.loss_tokens)} tokens with a loss",
+            **({"to stop": self._time_to_stop()} if self.save_seconds >= 1 else {}),
             "steps": f"{epochs}{self.total_steps:,}",
             "run_dir": str(self.recipe.run_dir),
         }
+
+    def _time_to_stop(self) -> str:
+        """How long a save takes beside what torchrun and SLURM leave of time after SIGTERM."""
+        needed = self.save_seconds
+        words = f"a save takes about {needed:,.0f} s at {SAVE_BYTES_PER_SECOND / 1e9:g} GB/s a rank"
+        agent = int(os.environ.get(TORCHRUN_WAITS, "30"))
+        if needed > agent / 2:
+            words += f"; torchrun waits {agent} s after SIGTERM: set {TORCHRUN_WAITS}={math.ceil(2 * needed)}"
+        for name, waits in waits_of_slurm().items():
+            if needed > waits / 2:
+                words += f"; SLURM's {name} is {waits} s: before scancel use `scancel --signal=USR1 JOB`"
+        return words
 
     def __rich__(self) -> Panel:
         return facts_block("paralign", self.facts())

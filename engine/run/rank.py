@@ -18,7 +18,6 @@ from paralign.models.errors import ParalignError, RecipeError
 from ..checkpoint.hf import arch_of
 from ..parallel.layout import resolve
 from ..processes.launch import RankEnv, rank_environment
-from ..processes.slurm import FAILED
 from ..processes.stop import EXIT_STOPPED, Stop
 from .check import CheckReport, check
 from .recipe import Recipe, load
@@ -56,18 +55,19 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
     except Exception as error:
         mendable, asked_before = isinstance(error, ParalignError), stop.asked
         text = f"error: {error}" if mendable else traceback.format_exc()
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)  # into torchrun's error file, if there is one
         first = _first_to_fail(env, world_store)
         stop.defer()
         if not mendable:
             # It may follow from the end of a rank that was asked to stop: whoever has started the ranks then asks
             # this one as well, and a line is enough.
             time.sleep(1)
-        if follows := stop.asked and not asked_before:
+        if stop.asked and not asked_before:
             text = f"error while others stop: {error!r}"
         if first:
             print(text, file=sys.stderr, flush=True)
-        if (marker := os.environ.get(FAILED)) and not follows:
-            Path(marker).touch()
         # Without waiting: other ranks may sit in a collective that this one will never join.
         sys.stdout.flush()
         os._exit(2 if mendable else 1)
@@ -137,7 +137,11 @@ def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int 
         mesh.barrier()
         stop.defer()
         with trainer.watch:
-            return trainer.fit()
+            whole = trainer.fit()
+        if not whole and mesh.is_main:
+            stop.tell()
+        mesh.barrier()  # srun ends the other ranks when the first has left
+        return whole
 
 
 def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:

@@ -25,6 +25,7 @@ class Course:
     Attributes:
         first_step: steps that are done already.
         total_steps: of the whole run.
+        export_missing: the export that was due at `first_step` is not there: a kill came between save and export.
         on_nonfinite: what is done about a gradient norm that is not finite.
         counts_tokens: whether `num_tokens` is among the metrics.
     """
@@ -33,8 +34,8 @@ class Course:
     total_steps: int
     log: int
     evaluate: int | None
-    save: int | None
     export: int | None
+    export_missing: bool
     on_nonfinite: Literal["stop", "skip"]
     counts_tokens: bool
 
@@ -69,6 +70,8 @@ class Trainer:
                 those before that step, and saved.
         """
         course, measured = self.course, dict[str, float]()
+        if course.export_missing:
+            self.write_weights(f"iter_{course.first_step:07d}")
         for step in range(course.first_step, course.total_steps):
             if self.watch.stop_agreed():
                 self.save(step, measured)
@@ -88,13 +91,13 @@ class Trainer:
             self.checkpoints.poll()
             done = step + 1
             if done < course.total_steps:
-                if _due(course.save, done):
+                if self.checkpoints.due(done):
                     self.save(done, measured)
                 if _due(course.export, done):
                     self.write_weights(f"iter_{done:07d}")
         if course.evaluate:
             measured = self.evaluate(course.total_steps)
-        if course.save and course.first_step < course.total_steps:
+        if self.checkpoints.saves and course.first_step < course.total_steps:
             self.save(course.total_steps, measured)
         self.checkpoints.finish()
         self.write_weights("final")

@@ -6,20 +6,20 @@ It appears whole or not at all; where checkpoints lie stands in store.py.
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from paralign.models.arch import Arch
-from paralign.models.errors import CheckpointError
+from paralign.models.errors import CheckpointError, ParalignError
 from paralign.models.mcore import (
     ON_HOST,
-    AsyncCallsQueue,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -27,10 +27,20 @@ from paralign.models.mcore import (
 
 from ..checkpoint import store
 from ..checkpoint.config import CheckpointConfig
+from ..checkpoint.file_manifest import (
+    broken_files,
+    digest_file,
+    read_file_manifest,
+    share_of_files,
+    write_file_manifest,
+)
 from ..checkpoint.hf import Assets, arch_of, copy_assets
+from ..checkpoint.manifest import MANIFEST, FileDigest
 from ..checkpoint.unpickle import MetadataReader, refuse_more_than_tensors, weights_only
+from ..parallel.mesh import Mesh
 from .model import Model
 from .optim import Optimizer
+from .saving import Save
 
 RECIPE = "recipe.yaml"
 ASSETS = "hf"
@@ -65,10 +75,23 @@ class NativeCheckpoints:
         self._optimizer = optimizer
         self._assets = assets
         self._recipe = recipe
-        self._queue = AsyncCallsQueue(persistent=False)
+        self._pending: tuple[Path, Save] | None = None
+        self._saved_at = time.monotonic()
+
+    @property
+    def saves(self) -> bool:
+        """Whether the recipe wants any state saved."""
+        return bool(self._config.save_every_steps or self._config.save_every_minutes)
+
+    def due(self, done: int) -> bool:
+        """Whether the recipe wants the state saved after `done` steps. Collective where minutes decide."""
+        steps, minutes = self._config.save_every_steps, self._config.save_every_minutes
+        if steps and done % steps == 0:
+            return True
+        return bool(minutes and self._mesh.largest(time.monotonic() - self._saved_at >= 60 * minutes))
 
     def save(self, progress: store.Progress) -> None:
-        """Write the state after `progress.step` steps; with `async_save` the writing goes on in the background.
+        """Write the state after `progress.step` steps; with `async_save` a child of each rank does the writing.
 
         Collective over all ranks.
 
@@ -76,55 +99,69 @@ class NativeCheckpoints:
             CheckpointError: it cannot be written, as on a full disk; older checkpoints stay as they are.
         """
         self.finish()
+        self._saved_at = time.monotonic()
         directory = store.directory_of(self.root, progress.step)
         with self._naming(directory):
-            self._save(directory, progress)
+            self._pending = directory, self._begin(directory, progress)
+        if not self._config.async_save:
+            self.finish()
 
-    def _save(self, directory: Path, progress: store.Progress) -> None:
+    def _begin(self, directory: Path, progress: store.Progress) -> Save:
         partial = store.unfinished(directory)
         if self._mesh.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            store.sweep(self.root)
             partial.mkdir(parents=True)
             (partial / RECIPE).write_text(self._recipe, encoding="utf-8")
-            store.write_progress(partial, progress)
+            store.write_progress(partial, replace(progress, manifest=True))
             dtype = str(self._model.config.params_dtype).removeprefix("torch.")
             copy_assets(self._assets, partial / ASSETS, dtype=dtype)
         self._mesh.barrier()
         self._model.synchronize()
-        with _main_stays_out_of_processes():
-            request = dist_checkpointing.save(
-                self._state(is_loading=False),
-                str(partial),
-                TorchDistSaveShardedStrategy("torch_dist", 1),
-                async_sharded_save=self._config.async_save,
-            )
-        if request is None:
-            self._publish(directory)
-        else:
-            request.add_finalize_fn(lambda: self._publish(directory))
-            self._queue.schedule_async_request(request)
+        request = dist_checkpointing.save(
+            self._state(is_loading=False),
+            str(partial),
+            TorchDistSaveShardedStrategy("torch_dist", 1),
+            async_sharded_save=True,
+        )
+        return Save(request, self._mesh, in_child=self._config.async_save)
 
     def poll(self) -> None:
         """Publish a background save that every rank has finished; cheap where there is none. Collective."""
-        with self._naming(self.root):
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._complete(wait=False)
 
     def finish(self) -> None:
-        """Wait for a background save. Collective."""
-        with self._naming(self.root):
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        """Wait for a background save, and publish it. Collective."""
+        self._complete(wait=True)
+
+    def _complete(self, *, wait: bool) -> None:
+        if self._pending is None:
+            return
+        directory, save = self._pending
+        with self._naming(directory):
+            digests = save.completed(wait=wait)
+            if digests is None:
+                return
+            self._pending = None
+            if self._mesh.is_main:
+                seal(store.unfinished(directory), digests)
+                store.publish(directory)
+                store.rotate(self.root, self._config)
+            self._mesh.barrier()
 
     @contextmanager
     def _naming(self, what: Path) -> Iterator[None]:
         try:
             yield
         except (Exception, CheckpointException) as error:  # torch's is a BaseException, and seldom says why
+            self._pending = None
             newest = store.latest(self.root)
             kept = f"{newest} is complete and stays" if newest else "there is none before it"
-            free = shutil.disk_usage(self.root).free / 1e9
+            disk = next(path for path in (self.root, *self.root.absolute().parents) if path.is_dir())
+            free = shutil.disk_usage(disk).free / 1e9
+            why = error if isinstance(error, ParalignError | OSError) else repr(error)
             raise CheckpointError(
-                f"{what}: could not be written ({error!r}), {free:.3f} GB are free there; {kept}; "
-                "make room and start the run again"
+                f"{what}: could not be written ({why}), {free:.3f} GB are free there; {kept}; "
+                "mend that and start the run again"
             ) from error
 
     def load(self, directory: Path) -> store.Progress:
@@ -148,12 +185,6 @@ class NativeCheckpoints:
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
         return store.read_progress(directory)
-
-    def _publish(self, directory: Path) -> None:
-        if self._mesh.is_main:
-            store.publish(directory)
-            store.rotate(self.root, self._config)
-        self._mesh.barrier()
 
     def _keyed_modules(self) -> list[tuple[str, Any]]:
         modules = self._model.modules
@@ -179,16 +210,43 @@ class NativeCheckpoints:
         return state
 
 
-@contextmanager
-def _main_stays_out_of_processes() -> Iterator[None]:
-    """megatron-core's first save spawns a process on each rank, for a queue. multiprocessing would import the main
-    module into it again, and with it torch: seconds of work for nothing."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+def broken(directory: Path, mesh: Mesh) -> list[str]:
+    """The files of a checkpoint that are not as they were written, in words; each rank reads a share. Collective.
+
+    Of a checkpoint from before there were manifests nothing is known, and nothing is wrong.
+    """
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        expected = read_file_manifest(directory)
+        if expected is None and store.read_progress(directory).manifest:
+            raise CheckpointError(f"{MANIFEST}: missing")
+    except ParalignError as error:
+        return [str(error)]
+    share = share_of_files(expected or {}, mesh.rank, mesh.world_size)
+    said: list[list[str]] = [[]] * mesh.world_size
+    dist.all_gather_object(said, broken_files(directory, share))
+    return [words for found in said for words in found]
+
+
+def set_broken_aside(directories: Sequence[Path], mesh: Mesh) -> None:
+    """Rename checkpoints that are not to be gone on from. Collective."""
+    if mesh.is_main:
+        for directory in directories:
+            store.set_broken_aside(directory)
+    mesh.barrier()
+
+
+def seal(directory: Path, digests: Mapping[str, FileDigest]) -> None:
+    """Write the manifest of a checkpoint.
+
+    Args:
+        digests: of the files that ranks have written; those of the small ones are taken here.
+    """
+    others = {
+        str(path.relative_to(directory)): digest_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and str(path.relative_to(directory)) not in digests
+    }
+    write_file_manifest(directory, {**others, **digests})
 
 
 def _differences(saved: Arch, ours: Arch) -> str:

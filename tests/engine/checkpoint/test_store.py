@@ -30,7 +30,7 @@ def test_what_is_published_is_complete_and_tracked(tmp_path: Path) -> None:
     newest = _save(tmp_path, 10)
     store.unfinished(store.directory_of(tmp_path, 15)).mkdir()
     assert store.latest(tmp_path) == newest
-    assert store.latest(tmp_path, at_most=9) == store.directory_of(tmp_path, 5)
+    assert store.complete(tmp_path, at_most=9)[-1] == store.directory_of(tmp_path, 5)
     assert (tmp_path / store.TRACKER).read_text() == "10\n"
     assert store.passed_over(tmp_path) == ["iter_0000015.part"]
     assert store.read_progress(newest) == Progress(10, "data", {})
@@ -160,7 +160,7 @@ def test_one_set_aside_stays_until_the_newer_one_is_there(
     store.publish(directory)
     assert store.read_progress(directory).metrics == {"loss": 2.0}
     found = sorted(path.name for path in tmp_path.iterdir())
-    assert found == ["iter_0000005", "iter_0000005.other1", store.TRACKER]
+    assert found == ["iter_0000005", "iter_0000005.other", store.TRACKER]
 
 
 def test_what_is_published_is_on_the_disk_before_it_has_its_name(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from paralign.engine.processes.slurm import EXIT_STOPPED as IN_SCRIPTS
-from paralign.engine.processes.slurm import SAVE_SECONDS, Job, batch_script, submit
-from paralign.engine.processes.stop import EXIT_STOPPED
+from paralign.engine.processes.slurm import (
+    SAVE_SECONDS,
+    Job,
+    batch_script,
+    options_of,
+    submit,
+    waits_of_slurm,
+)
+from paralign.engine.processes.stop import EXIT_STOPPED, STOPPED
 from paralign.models.errors import RecipeError
 
 RECIPE = Path("/recipes/llama3_70b.yaml")
@@ -45,27 +50,71 @@ def test_script_asks_for_a_task_a_gpu_and_a_warning_in_time() -> None:
     assert f"-m paralign.engine.run {RECIPE} optimizer.lr=1e-5\n" in script
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(EXIT_STOPPED, True), (0, False), (2, False)])
-def test_a_stopped_run_is_queued_again_and_no_other(code: int, requeued: bool, tmp_path: Path) -> None:
-    assert IN_SCRIPTS == EXIT_STOPPED
-    _fake(tmp_path, "srun", f"exit {code}")
+@pytest.mark.parametrize(
+    ("said", "code", "requeued"),
+    [
+        ("SIGUSR1", EXIT_STOPPED, True),
+        ("SIGUSR1", 137, True),  # srun's, where the first rank that leaves has the others killed
+        ("SIGTERM", EXIT_STOPPED, False),  # scancel, or a rank that failed in start-up has ended the others
+        ("", 0, False),
+        ("", 2, False),
+    ],
+)
+def test_only_a_run_that_the_time_limit_stopped_is_queued_again(
+    said: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "a run"
+    run_dir.mkdir()
+    (run_dir / "slurm-42.stopped").write_text("SIGUSR1")  # of the job before it was queued again
+    _fake(tmp_path, "srun", f'[ "{said}" ] && printf {said} > "${STOPPED}"\nexit {code}')
     _fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/said')
-    result = _run(batch_script(RECIPE, [], Job(1, 8, requeue=True), run_dir=tmp_path), tmp_path)
+    result = _run(batch_script(RECIPE, [], Job(1, 8, requeue=True), run_dir=run_dir), tmp_path)
     assert result.returncode == code
     assert (tmp_path / "said").exists() == requeued
     if requeued:
         assert (tmp_path / "said").read_text() == "requeue 42\n"
 
 
-def test_a_run_that_failed_is_not_queued_again_whatever_the_others_said(tmp_path: Path) -> None:
-    """One rank fails, the others are ended in start-up and leave with 75; srun's code is the highest."""
-    rank = f"PARALIGN_FAILED=$PARALIGN_FAILED {sys.executable} -m paralign.engine.run {tmp_path}/absent.yaml"
-    _fake(tmp_path, "srun", f"{rank}; [ $? = 2 ] && exit {EXIT_STOPPED}")
-    _fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/said')
-    result = _run(batch_script(RECIPE, [], Job(1, 8, requeue=True), run_dir=tmp_path), tmp_path)
-    assert "absent.yaml" in result.stderr
-    assert (tmp_path / "slurm-42.failed").exists()
-    assert not (tmp_path / "said").exists()
+def test_a_rank_has_its_share_of_the_cores_and_the_job_its_nodes(tmp_path: Path) -> None:
+    _fake(tmp_path, "srun", f'printf "%s\n" "$@" > {tmp_path}/said')
+    script = batch_script(RECIPE, [], Job(1, 8), run_dir=tmp_path)
+    assert "#SBATCH --exclusive\n" in script
+    assert "#SBATCH --mem=0\n" in script
+    _run(f"export SLURM_CPUS_ON_NODE=96\n{script}", tmp_path)
+    assert "--cpus-per-task=12" in (tmp_path / "said").read_text().splitlines()
+    script = batch_script(
+        RECIPE, [], Job(1, 8, cpus_per_task=6, exclusive=False, mem="100G"), run_dir=tmp_path
+    )
+    _run(script, tmp_path)
+    assert "--cpus-per-task=6" in (tmp_path / "said").read_text().splitlines()
+    assert "#SBATCH --cpus-per-task=6\n" in script
+    assert "#SBATCH --mem=100G\n" in script
+    assert "exclusive" not in script
+
+
+def test_any_option_of_sbatch_is_passed_on_and_quoted() -> None:
+    others = options_of(["qos=high", "--comment=two words", "overcommit", "gpus-per-node=h100:8"])
+    script = batch_script(RECIPE, [], Job(1, 8, others=others), run_dir=Path("/runs/100% mine"))
+    for line in ("qos=high", 'comment="two words"', "overcommit", "gpus-per-node=h100:8"):
+        assert f"#SBATCH --{line}\n" in script
+    assert script.count("gpus-per-node") == 1
+    assert '#SBATCH --output="/runs/100%% mine/slurm-%j.log"\n' in script
+    with pytest.raises(RecipeError, match="expected a long option"):
+        options_of(["-p gpu"])
+    with pytest.raises(RecipeError, match="cannot stand in a batch script"):
+        batch_script(RECIPE, [], Job(1, 8, others={"comment": "a\n#SBATCH --x"}), run_dir=Path("/runs"))
+
+
+def test_the_warning_leaves_time_for_a_long_save() -> None:
+    script = batch_script(RECIPE, [], Job(1, 8, save_seconds=1000), run_dir=Path("/runs"))
+    assert "#SBATCH --signal=USR1@3000\n" in script
+
+
+def test_what_the_cluster_leaves_of_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert waits_of_slurm() == {}
+    _fake(tmp_path, "scontrol", "echo KillWait = 30 sec; echo PartitionName=gpu GraceTime=120 Nodes=n1")
+    assert waits_of_slurm() == {"KillWait": 30, "GraceTime": 120}
 
 
 def test_overrides_survive_the_shell(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""A function in a process forked from this one, which ends with it, and whose own end is known at once."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_on_linux = sys.platform == "linux"
+_prctl = ctypes.CDLL(None).prctl if _on_linux else None  # here: nothing is loaded after a fork
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the one that started it ends, however that ends.
+
+    Linux means the *thread* that started it: fork from one that stays, such as the main one.
+
+    Args:
+        parent: process id of who started this one; where that is gone already, this process ends here.
+    """
+    if _prctl is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+class ChildDied(Exception):
+    """A child ended without a word; `reason` says how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Child(Generic[T]):
+    """`work` in a process of its own, forked at once; to be made in a thread that stays.
+
+    What the signal mask blocks here is blocked there. The child starts no thread, and touches no GPU.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._answer, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_answering, args=(work, theirs, self._answer, os.getpid()))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def running(self) -> bool:
+        """Whether neither an answer nor the child's end has come."""
+        return not self._answer.poll()
+
+    def kill(self) -> None:
+        """End the child; its answer is not wanted any more."""
+        self._process.kill()
+        self._process.join()
+        self._answer.close()
+
+    def result(self) -> T:
+        """What `work` returned; waits for it.
+
+        Raises:
+            ChildDied: the child was killed.
+            Exception: what `work` raised.
+        """
+        try:
+            raised, answer = self._answer.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode or 0
+            raise ChildDied(
+                f"ended by signal {-code}, which the kernel sends where memory runs out"
+                if code == -signal.SIGKILL
+                else f"ended by signal {-code}"
+                if code < 0
+                else f"ended with exit code {code}"
+            ) from None
+        finally:
+            self._answer.close()
+        self._process.join()
+        if raised:
+            raise answer
+        return answer
+
+
+def _answering(work: Callable[[], Any], answer: Connection, theirs: Connection, parent: int) -> None:
+    die_with_parent(parent)
+    theirs.close()
+    try:
+        found = (False, work())
+    except Exception as error:
+        found = (True, error)
+    answer.send(found)
+    answer.close()

@@ -1,0 +1,104 @@
+"""One save on its way to the disk: every rank writes its file, itself or in a child, and all agree on how it went."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from paralign.models.errors import CheckpointError
+from paralign.models.mcore import AsyncRequest, write_bucket
+
+from ..checkpoint.file_manifest import digest_file
+from ..checkpoint.manifest import FileDigest
+from ..parallel.mesh import Mesh
+from ..processes.child import Child, ChildDied
+
+_POLL_SECONDS = 0.02
+
+Written = tuple[dict[int, Any], dict[str, FileDigest]]
+
+
+class _State(IntEnum):
+    """How far a rank is; the highest of all ranks decides."""
+
+    WRITTEN = 0
+    WRITING = 1
+    FAILED = 2
+
+
+class Save:
+    """What megatron-core planned for one checkpoint, being written since this was made.
+
+    Args:
+        request: megatron-core's plan: what this rank writes, and what follows when all ranks have written.
+        in_child: write in a child, which has the state as it is now, while this process goes on.
+    """
+
+    def __init__(self, request: AsyncRequest, mesh: Mesh, *, in_child: bool) -> None:
+        self._request = request
+        self._mesh = mesh
+        self._written: Written = {}, {}
+        self._failure = ""
+        self._child: Child[Written] | None = None
+        if request.async_fn is None:  # nothing here that no other rank writes
+            return
+        buckets = request.preload_fn()
+        transforms, _ = request.async_fn.args
+
+        def write() -> Written:
+            results = {i: write_bucket(transforms, i, bucket) for i, bucket in enumerate(buckets)}
+            return results, {name: digest_file(Path(path)) for path, name, _ in buckets}
+
+        if in_child:
+            self._child = Child(write)
+        else:
+            self._note(write)
+
+    def completed(self, *, wait: bool) -> Mapping[str, FileDigest] | None:
+        """The digests of the files of all ranks once all have written, else None. Collective.
+
+        Raises:
+            CheckpointError: a rank could not; all of them say which, and why. What others still write is given up.
+        """
+        while (worst := _State(int(self._mesh.largest(self._state())))) is _State.WRITING:
+            if not wait:
+                return None
+            time.sleep(_POLL_SECONDS)
+        if worst is _State.FAILED and self._child is not None:
+            self._child.kill()
+        said: list[tuple[str, dict[str, FileDigest]]] = [("", {})] * self._mesh.world_size
+        dist.all_gather_object(said, (self._failure, self._written[1]))
+        if failures := [f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(said) if failure]:
+            raise CheckpointError("; ".join(failures[:4]))
+        if self._request.async_fn is not None:
+            self._request.async_fn_args[2].put(self._written[0])
+        for finalize in self._request.finalize_fns:
+            finalize()
+        return {name: digest for _, digests in said for name, digest in digests.items()}
+
+    def _state(self) -> _State:
+        if self._child is not None:
+            if self._child.running():
+                return _State.WRITING
+            self._note(self._child.result)
+            self._child = None
+        return _State.FAILED if self._failure else _State.WRITTEN
+
+    def _note(self, outcome: Callable[[], Written]) -> None:
+        try:
+            self._written = outcome()
+        except ChildDied as death:
+            self._failure = (
+                f"its writer was {death.reason}; give the host more memory, or set async_save: false"
+            )
+        except OSError as error:
+            remedy = "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            self._failure = f"{error}{remedy}"
+        except Exception as error:  # torch's writer wraps what the disk said
+            self._failure = repr(error)
