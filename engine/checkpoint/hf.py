@@ -481,7 +481,7 @@ def _some(names: Sequence[str] | set[str]) -> str:
     """The first three of some names, and how many more there are."""
     listed = sorted(names) if isinstance(names, set) else names
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
+    return ", ".join(name[:200] for name in listed[:3]) + more
 
 
 def _read_json(path: Path) -> dict[str, Any]:

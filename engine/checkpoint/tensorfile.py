@@ -86,7 +86,9 @@ def _entry(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> 
     """Raises TypeError or ValueError for what is not one, of a file whose tensors begin at byte `base`."""
     start, stop = data_offsets
     numbers = (start, stop, *shape)
-    if not isinstance(dtype, str) or any(type(n) is not int for n in numbers) or min(numbers, default=0) < 0:
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) > 16:
+        raise ValueError
+    if not isinstance(dtype, str) or len(dtype) > 16:
         raise ValueError
     return Entry(dtype, tuple(shape), base + start, base + stop)
 
