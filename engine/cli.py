@@ -43,7 +43,8 @@ def main() -> None:
     except ParalignError as error:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False)
+        # A name in a file may hold what no terminal can show.
+        console.print(str(error).encode(errors="backslashreplace").decode(), markup=False)
         sys.exit(2)
 
 

@@ -6,7 +6,7 @@ Importing it costs torch and nothing else; what needs megatron-core is imported 
 from collections.abc import Mapping
 from typing import Any
 
-from .arch import Arch
+from .arch import Arch, shown
 from .baichuan2 import BAICHUAN2
 from .errors import WeightsError
 from .family import Family
@@ -29,17 +29,20 @@ def arch_from_hf(config: Mapping[str, Any]) -> Arch:
         WeightsError: an unknown architecture, or a key that the forward pass does not follow.
     """
     names = config.get("architectures") or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"config.json architectures: read {shown(names)}; expected a list of names")
     for family in FAMILIES.values():
         if set(names) & {scoring_class(name) for name in family.architectures}:
-            if len(config.get("id2label") or (0, 1)) != 1:
+            labels = config.get("id2label") or {0: "", 1: ""}
+            if not isinstance(labels, Mapping) or len(labels) != 1:
                 raise WeightsError(
-                    f"config.json id2label: read {config.get('id2label')}; a reward model has one label"
+                    f"config.json id2label: read {shown(config.get('id2label'))}; a reward model has one label"
                 )
             return family.arch(config).with_scalar_head()
         if set(names) & set(family.architectures) or (not names and config.get("model_type") == family.name):
             return family.arch(config)
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    found = ", ".join(names) or f"none, and model_type {config.get('model_type')!r}"
+    found = ", ".join(names[:9]) or f"none, and model_type {shown(config.get('model_type'))}"
     raise WeightsError(f"config.json architectures: read {found}; known are {known}")
 
 

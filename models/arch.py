@@ -7,6 +7,8 @@ means there stands in `Family.defaults`, and is filled in before anything is rea
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +16,10 @@ from typing import Any
 from .errors import WeightsError
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+# Far above any model, and small enough that a table of all layers and heads is made in seconds.
+MOST = {"num_hidden_layers": 2_000, "num_attention_heads": 1_024, "num_key_value_heads": 1_024}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def read_arch(config: Mapping[str, Any], *, family: str, qkv_bias: bool = False,
         layernorm_epsilon=_positive(config, "rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=_flag(config, "tie_word_embeddings"),
         qkv_bias=qkv_bias,
         max_position_embeddings=_whole(config, "max_position_embeddings"),
         dtype=_read_dtype(config),
@@ -147,13 +153,21 @@ def refuse_unless(
     value = config.get(key)
     if value is not None and value != supported:
         rule = "it is not supported" if supported is None else f"only {supported!r} is supported"
-        raise WeightsError(f"config.json {key}: read {value!r}; {rule}; {remedy}")
+        raise WeightsError(f"config.json {key}: read {shown(value)}; {rule}; {remedy}")
+
+
+def shown(value: object) -> str:
+    """A value of a config.json in an error, cut short."""
+    return _SHORT.repr(value)
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling: 4's `rope_theta` and `rope_scaling`, or 5's `rope_parameters`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # transformers' own precedence
-    rope = dict(config.get(key) or {})
+    rope = config.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise WeightsError(f"config.json {key}: read {shown(rope)}; expected an object")
+    rope = dict(rope)
     old_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_type)
     theta = _positive(rope if "rope_theta" in rope else config, "rope_theta", default=10000.0)
@@ -168,7 +182,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if rope_type != "llama3":
         raise WeightsError(
-            f"config.json {key}: read rope_type {rope_type!r}; known are 'default' and 'llama3'"
+            f"config.json {key}: read rope_type {shown(rope_type)}; known are 'default' and 'llama3'"
         )
     scaling = RopeScaling(
         factor=_positive(rope, "factor"),
@@ -183,19 +197,28 @@ def _read_dtype(config: Mapping[str, Any]) -> str:
     key = "torch_dtype" if config.get("dtype") is None else "dtype"
     name = str(config.get(key) or "float32").removeprefix("torch.")
     if name not in DTYPE_NAMES:
-        raise WeightsError(f"config.json {key}: read {name!r}; expected one of {', '.join(DTYPE_NAMES)}")
+        raise WeightsError(f"config.json {key}: read {shown(name)}; expected one of {', '.join(DTYPE_NAMES)}")
     return name
 
 
 def _whole(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise WeightsError(f"config.json {key}: read {value!r}; expected a whole number above 0")
+        raise WeightsError(f"config.json {key}: read {shown(value)}; expected a whole number above 0")
+    if value > (most := MOST.get(key, 2**31 - 1)):
+        raise WeightsError(f"config.json {key}: read {value}; no model has more than {most:,}")
     return value
 
 
 def _positive(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise WeightsError(f"config.json {key}: read {value!r}; expected a number above 0")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise WeightsError(f"config.json {key}: read {shown(value)}; expected a number above 0")
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise WeightsError(f"config.json {key}: read {shown(value)}; expected true or false")
+    return bool(value)

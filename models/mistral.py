@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .arch import Arch, read_arch
+from .arch import Arch, read_arch, shown
 from .errors import WeightsError
 from .family import Family
 from .llama import llama_rules
@@ -22,10 +22,10 @@ def mistral_arch(config: Mapping[str, Any]) -> Arch:
     """
     arch = read_arch(config, family="mistral")
     window, longest = config.get("sliding_window"), arch.max_position_embeddings
-    if window is not None and (not isinstance(window, int) or window < longest):
+    if window is not None and (type(window) is not int or window < longest):
         raise WeightsError(
-            f"config.json sliding_window: read {window!r} ({DEFAULT_WINDOW} where the key is absent); only null, "
-            f"or at least max_position_embeddings = {longest}, is supported; set max_position_embeddings to "
+            f"config.json sliding_window: read {shown(window)} ({DEFAULT_WINDOW} where the key is absent); only "
+            f"null, or at least max_position_embeddings = {longest}, is supported; set max_position_embeddings to "
             "the window if no sample is longer, or train a model that has none"
         )
     return arch

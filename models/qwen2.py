@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .arch import Arch, read_arch, refuse_unless
+from .arch import Arch, read_arch, refuse_unless, shown
 from .errors import WeightsError
 from .family import Family
 from .llama import llama_rules
@@ -20,10 +20,11 @@ def qwen2_arch(config: Mapping[str, Any]) -> Arch:
 def refuse_sliding_windows(config: Mapping[str, Any]) -> None:
     """Raises WeightsError if a layer sees less than its whole segment."""
     refuse_unless(config, "use_sliding_window", False)
-    windowed = set(config.get("layer_types") or ()) - {"full_attention"}
+    types = config.get("layer_types") or []
+    windowed = [name for name in types if name != "full_attention"] if isinstance(types, list) else types
     if windowed:
         raise WeightsError(
-            f"config.json layer_types: read {sorted(windowed)}; only 'full_attention' is supported"
+            f"config.json layer_types: read {shown(windowed)}; only 'full_attention' is supported"
         )
 
 

@@ -127,6 +127,8 @@ class CheckpointFiles:
             item = self._storage[MetadataIndex(name, chunk.offsets)]
             mapped = self._mapped[item.relative_path]
             record = self._record(name, item)
+            if not record.length:
+                continue
             flat = mapped.tensor(record.start, torch.uint8, record.length)
             found = 0
             for (block,) in lightly(in_blocks([flat]), mapped.release):

@@ -111,11 +111,16 @@ def file_fault(
 
 def share_of_files(digests: Mapping[str, FileDigest], rank: int, n_ranks: int) -> list[str]:
     """The names that one rank checks, so that all read about the same number of bytes; each name once over all."""
+    return share_by_size({name: digest.bytes for name, digest in digests.items()}, rank, n_ranks)
+
+
+def share_by_size(sizes: Mapping[str, int], rank: int, n_ranks: int) -> list[str]:
+    """One rank's share of names, the largest first to whoever has least; the same on every rank."""
     loads = [0] * n_ranks
     mine = []
-    for name in sorted(digests, key=lambda name: (-digests[name].bytes, name)):
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         least = loads.index(min(loads))
-        loads[least] += digests[name].bytes
+        loads[least] += sizes[name]
         if least == rank:
             mine.append(name)
     return mine

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from paralign.models import arch_from_hf, rules_for
-from paralign.models.arch import Arch
+from paralign.models.arch import Arch, shown
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Rule, Shape, Views, check_shape
 
 from ..data.tokenizer import PROCESSOR_TEMPLATE, TOKENIZER_FILES
+from ..files.json_file import json_text, read_json
 from ..files.whole_file import write_whole
 from .file_manifest import digest_directory
 from .manifest import Digest, write_manifest
@@ -36,6 +37,7 @@ from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -211,7 +213,8 @@ class StageWriter:
         self._missing = set(self._file_of)
         self._open: dict[str, TensorFileWriter] = {}
         self._stage = stage
-        self._hasher, self._digests = Behind(), {}
+        self._hasher = Behind()
+        self._digests: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor, cast to the plan's dtype; from any device.
@@ -267,7 +270,7 @@ def finish_export(directory: Path, plan: ShardPlan) -> None:
     for file in plan.files:
         os.replace(_unfinished(directory, file), directory / file.name)
     write_index(directory, plan)
-    digests = {}
+    digests: dict[str, Digest] = {}
     for stage in sorted({file.stage for file in plan.files}):
         noted = _digests_of(directory, stage)
         digests |= {name: Digest(**entry) for name, entry in json.loads(noted.read_text()).items()}
@@ -411,8 +414,16 @@ def _read_headers(directory: Path) -> dict[str, dict[str, Entry]]:
             f"{directory}: no {SINGLE} and no {INDEX}; found {_some(found) or 'no weights'}; "
             "save the model with transformers' save_pretrained"
         )
+    weight_map = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{directory / INDEX}: no weight_map; download it again")
     indexed: dict[str, set[str]] = defaultdict(set)
-    for name, file in _read_json(directory / INDEX).get("weight_map", {}).items():
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise WeightsError(
+                f"{directory / INDEX}: {name} in {shown(file)}; expected the name of a file next to it; "
+                "download it again"
+            )
         indexed[file].add(name)
     headers = {}
     for file, names in sorted(indexed.items()):
@@ -470,16 +481,18 @@ def _some(names: Sequence[str] | set[str]) -> str:
     """The first three of some names, and how many more there are."""
     listed = sorted(names) if isinstance(names, set) else names
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
+    return ", ".join(name[:200] for name in listed[:3]) + more
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise WeightsError(
             f"{path}: there is no such file; expected a Hugging Face model directory"
         ) from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise WeightsError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -488,4 +501,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json_text(content, indent=2))

@@ -20,7 +20,7 @@ from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import Rule, Views, Vocabulary
 
 from .dcpfile import CheckpointFiles
-from .file_manifest import broken_files
+from .file_manifest import broken_files, share_by_size
 from .hf import HFReader, arch_of, is_native, one_dtype
 from .manifest import MANIFEST, Digest, Manifest, read_manifest
 from .tensor_digest import refuse_other, tensor_fault
@@ -174,6 +174,19 @@ def open_source(directory: Path) -> ModelSource:
     if manifest is not None:
         source.expected = manifest.tensors
     return source
+
+
+def check_share(source: ModelSource, rank: int, n_ranks: int) -> None:
+    """Reads one rank's share of a model, by size; together the ranks read each tensor once.
+
+    Raises:
+        WeightsError: a tensor is not what was written, as far as the source says what that was.
+    """
+    rules = {rule.native: rule for rule in source.rules}
+    sizes = {name: source.nbytes(rule) for name, rule in rules.items()}
+    for name in share_by_size(sizes, rank, n_ranks):
+        source.check(rules[name])
+        source.release()
 
 
 def open_unchecked(directory: Path) -> ModelSource:

@@ -19,6 +19,7 @@ from torch import Tensor
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Shape, Views
 
+from ..files.json_file import MOST_BYTES, parse_json
 from .rawfile import MappedBytes, WriteBehind, raw
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -38,33 +39,38 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors that a file holds, by name; reads the header and the file's size, no tensor.
 
     Raises:
-        WeightsError: the file is not there, not in the format, or shorter than its header says.
+        WeightsError: the file is not there, not in the format, or of another size than its header says; its tensors
+            overlap, or leave holes.
     """
+    if path.exists() and not path.is_file():  # a pipe would be read for ever
+        raise WeightsError(f"{path}: not a file; download it again")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length) if length <= size - 8 else b""
+            raw = file.read(length) if length <= min(size - 8, MOST_BYTES) else b""
     except FileNotFoundError:
         raise WeightsError(f"{path}: there is no such file; download it again") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}); download it again") from None
+    base = 8 + length
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         header.pop("__metadata__", None)
-        base = 8 + length
-        entries = {
-            name: Entry(
-                tensor["dtype"],
-                tuple(tensor["shape"]),
-                base + tensor["data_offsets"][0],
-                base + tensor["data_offsets"][1],
-            )
-            for name, tensor in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        entries = {name: _entry(base, **tensor) for name, tensor in header.items()}
+    except (ValueError, TypeError, AttributeError):
         raise WeightsError(
             f"{path}: {size} bytes, no safetensors header; cut off, or a Git LFS pointer (git lfs pull)?"
         ) from None
     promised = max((entry.stop for entry in entries.values()), default=base)
+    at = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if not at == entry.start <= entry.stop:
+            raise WeightsError(
+                f"{path}: {name} has bytes {entry.start - base} to {entry.stop - base}, where the next begin at "
+                f"{at - base}: tensors overlap, or leave a hole; download it again"
+            )
+        at = entry.stop
     if size != promised:
         raise WeightsError(f"{path}: {size} bytes, its header says {promised}; download it again")
     for name, entry in entries.items():
@@ -74,6 +80,17 @@ def read_header(path: Path) -> dict[str, Entry]:
                 f"{path}: {name} of shape {entry.shape} does not fit its bytes; download it again"
             )
     return entries
+
+
+def _entry(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+    """Raises TypeError or ValueError for what is not one, of a file whose tensors begin at byte `base`."""
+    start, stop = data_offsets
+    numbers = (start, stop, *shape)
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) > 16:
+        raise ValueError
+    if not isinstance(dtype, str) or len(dtype) > 16:
+        raise ValueError
+    return Entry(dtype, tuple(shape), base + start, base + stop)
 
 
 class MappedFile:

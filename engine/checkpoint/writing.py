@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from paralign.models.arch import DTYPE_NAMES
-from paralign.models.errors import CheckpointError, WeightsError
+from paralign.models.errors import CheckpointError, ParalignError, WeightsError
 from paralign.models.weights import Rule, Views, bit_equal, count_parameters, in_blocks
 
 from ..files.whole_file import name_directory, write_whole
@@ -86,6 +86,10 @@ class Report:
     verified: bool
 
 
+class DiskFull(CheckpointError):
+    """The disk filled while a model was written; what is there stays, to go on with."""
+
+
 def refuse_unless_empty(dst: Path) -> None:
     """Raises WeightsError unless `dst` is absent or empty."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -144,8 +148,7 @@ def write_model(
             else:
                 digests = job.early_digests()
         passing = {MANIFEST, PLAN, *target.files, *map(job.note, target.files)}
-        files = digest_directory(part, without=passing)
-        write_manifest(part, files, digests, **about(part))
+        write_manifest(part, digest_directory(part, without=passing), digests, **about(part))
         job.clean_up()
     return Report(
         kind=options.kind,
@@ -310,8 +313,9 @@ def _unfinished(dst: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 cut_off.unlink()
             try:
                 yield part
-            except WeightsError:
-                shutil.rmtree(part)
+            except ParalignError as error:
+                if not isinstance(error, DiskFull):
+                    shutil.rmtree(part)
                 raise
             saved.unlink()
             name_directory(part, dst)
@@ -326,7 +330,7 @@ def _disk_may_fill(dst: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise CheckpointError(
+        raise DiskFull(
             f"{dst}: somebody else has filled the disk meanwhile; make room and start again with the same "
             "options: it goes on where it was"
         ) from None

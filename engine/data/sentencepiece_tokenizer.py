@@ -5,13 +5,14 @@ It splits text at reserved tokens, and says where in the text each token is.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paralign.models.errors import DataError, WeightsError
+
+from ..files.json_file import read_json
 
 _RESERVED = re.compile(r"<reserved_\d+>")
 _SPACE = "\u2581"
@@ -65,6 +66,8 @@ class SentencePieceTokenizer:
         self.special_tokens_map = {
             name: text for name in NAMES if (text := _text_of(config.get(name))) is not None
         }
+        if strange := [name for name, text in self.special_tokens_map.items() if not isinstance(text, str)]:
+            raise WeightsError(f"{directory}/tokenizer_config.json {strange[0]}: expected a token's text")
         named = set(self.special_tokens_map.values())
         self._ids = {
             piece: id_
@@ -165,8 +168,11 @@ class SentencePieceTokenizer:
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        content = read_json(path) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} where an object is expected")
+        return content
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: not JSON: {error}") from None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import RecipeError, WeightsError
 
+from ..files.json_file import read_json
 from .sentencepiece_tokenizer import SentencePieceTokenizer, is_sentencepiece
 
 if TYPE_CHECKING:  # transformers costs seconds; `check` must start at once
@@ -42,8 +43,11 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerFast | SentencePieceTo
     try:
         # Said outright: transformers asks at the terminal where nothing is said, and a "y" runs what the files hold.
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{directory}: no tokenizer can be opened: {error}") from error
+    except Exception as error:  # of files that are none, anything
+        words = str(error).partition("\n")[0][:300]
+        raise WeightsError(
+            f"{directory}: no tokenizer can be opened ({type(error).__name__}: {words}); copy it again"
+        ) from error
     if not tokenizer.is_fast:
         raise WeightsError(
             f"{directory}: {type(tokenizer).__name__} has no tokenizer.json, which places each token in the "
@@ -105,9 +109,12 @@ def _read_fast(directory: Path) -> tuple[Any, dict[str, int]]:
     """The vocabulary in tokenizer.json, a table or a list by id, and the ids of the tokens added to it."""
     path = directory / "tokenizer.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["model"]["vocab"], {
-            token["content"]: token["id"] for token in content.get("added_tokens", [])
-        }
-    except (ValueError, KeyError, TypeError):
+        content = read_json(path)
+        tokens = content["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        ids = [*(tokens.values() if isinstance(tokens, dict) else range(len(tokens))), *added.values()]
+        if not all(type(id_) is int for id_ in ids):
+            raise ValueError
+        return tokens, added
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise WeightsError(f"{path}: not a tokenizer of the tokenizers library; copy it again") from None

@@ -17,7 +17,7 @@ from ..backends import backend_of
 from ..batch import Kind
 from ..checkpoint import store
 from ..checkpoint.hf import Assets, Scorer, arch_of, parse_size
-from ..checkpoint.source import open_source
+from ..checkpoint.source import check_share, open_source
 from ..columns.fillers import Baseline, KeptReference, score_answers
 from ..columns.reference import MadeBy, read_or_score, weights_digest
 from ..columns.sources import BASELINE, REFERENCE, Filler
@@ -112,6 +112,7 @@ def weights_to_start_from(recipe: Recipe, arch: Arch, mesh: Mesh) -> Read:
     if recipe.model.init == "random":
         return drawn
     reader = open_source(recipe.model.hf)
+    check_share(reader, mesh.rank, mesh.world_size)
     if arch.scalar_head == reader.arch.scalar_head:
         return reader.read
     return lambda name: drawn(name) if name == "score.weight" else reader.read(name)
@@ -163,7 +164,11 @@ def reference_fillers(
             f"objective.reference_model {directory}: another architecture than model.hf "
             f"({theirs.family}, {theirs.num_layers} layers of {theirs.hidden_size}); give one of the same shape"
         )
-    read_reference = open_source(directory).read if other else read
+    read_reference = read
+    if other:
+        reader = open_source(directory)
+        check_share(reader, policy.mesh.rank, policy.mesh.world_size)
+        read_reference = reader.read
     if section.reference == "online":
         kept = KeptReference(Model.open(arch, policy.mesh, recipe.model, read_reference))
         return dict.fromkeys(loaders, kept)

@@ -15,7 +15,7 @@ import numpy as np
 from paralign.models.errors import DataError, WeightsError
 
 from ..batch import Head
-from ..checkpoint.hf import HFReader
+from ..checkpoint.source import ModelSource, check_share, open_source
 from ..config.model import ModelConfig
 from ..data.answers import AnswerLayout, Group, chat
 from ..data.config import ChatTemplate, SourceConfig
@@ -53,12 +53,13 @@ def score_file(
         WeightsError: not a reward model.
         DataError: a record that cannot be read, or is longer than a pack.
     """
-    reader = HFReader(model)
+    reader = open_source(model)
+    check_share(reader, env.rank, env.world_size)
     if not reader.arch.scalar_head:
         raise WeightsError(
             f"{model}: a language model; expected a reward model, such as objective reward exports"
         )
-    lines, groups = _read(model, data, chat_template, tokens_per_pack)
+    lines, groups = _read(reader.assets, data, chat_template, tokens_per_pack)
     values = _score(reader, groups, layout, env, dtype, tokens_per_pack)
     if env.rank == 0:
         with whole_file(output) as file:
@@ -68,11 +69,11 @@ def score_file(
 
 
 def _read(
-    model: Path, data: Path, chat_template: ChatTemplate, tokens_per_pack: int
+    tokenizer: Path, data: Path, chat_template: ChatTemplate, tokens_per_pack: int
 ) -> tuple[list[int], list[Group]]:
     """Each conversation as one answer to its first token: a reward is read at its end."""
     source = SourceConfig(path=data, name=data.stem, format="auto")
-    renderer = Rendering(model, template_text(chat_template), "all").open()
+    renderer = Rendering(tokenizer, template_text(chat_template), "all").open()
     reading = record_format(source)
     lines: list[int] = []
     groups: list[Group] = []
@@ -88,7 +89,7 @@ def _read(
 
 
 def _score(
-    reader: HFReader,
+    reader: ModelSource,
     groups: list[Group],
     config: LayoutConfig,
     env: RankEnv,

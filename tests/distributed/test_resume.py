@@ -13,6 +13,10 @@ import torch
 
 from paralign.engine.checkpoint import store
 from paralign.engine.checkpoint.convert import convert
+from paralign.engine.checkpoint.manifest import MANIFEST
+from paralign.engine.checkpoint.unpickle import read_metadata
+from paralign.engine.checkpoint.verify import check_against_manifest
+from paralign.models.errors import WeightsError
 
 from ..harm import Harm
 from .comparing import assert_weights_equal, metrics_of
@@ -81,6 +85,25 @@ def test_convert_gives_the_export(trained: Path, tmp_path: Path) -> None:
     assert_weights_equal(tmp_path / "hf", exported)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes(), name
+    assert check_against_manifest(exported) == []
+
+
+def test_convert_refuses_a_flipped_bit_in_what_the_run_saved(trained: Path, tmp_path: Path) -> None:
+    """megatron-core's writer keeps a CRC32 with each share of a tensor, and each tells."""
+    saved = trained / "straight/checkpoints/iter_0000010"
+    directory = tmp_path / saved.name
+    shutil.copytree(saved, directory)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for name in ("decoder.layers.1.mlp.linear_fc1.weight", "embedding.word_embeddings.weight"):
+        item = next(item for key, item in read_metadata(directory).storage_data.items() if key.fqn == name)
+        path = directory / item.relative_path
+        content = bytearray(path.read_bytes())
+        content[item.offset + item.length * 6 // 10] ^= 16
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=rf"{path.name}: {name}: other bytes than its CRC32"):
+            convert(directory, tmp_path / "hf", progress=False)
+        assert not (tmp_path / "hf").exists()
+        shutil.copyfile(saved / path.name, path)
 
 
 def test_other_data_is_refused(trained: Path, ranks: RankPool) -> None:

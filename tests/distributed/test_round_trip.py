@@ -13,6 +13,8 @@ from torch import Tensor
 
 from paralign.engine.batch import LossSum, PackedBatch, StepBatch, Unit
 from paralign.engine.checkpoint.hf import Assets, HFReader
+from paralign.engine.checkpoint.manifest import read_manifest
+from paralign.engine.checkpoint.verify import check_against_manifest
 from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.parallel.layout import LayoutConfig, resolve
@@ -100,6 +102,8 @@ def test_export_is_the_import(layout: str, family: str, ranks: RankPool, tmp_pat
     }
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert check_against_manifest(target) == []
+    assert read_manifest(target).tensors.keys() == before.keys()  # type: ignore[union-attr]
     assert json.loads((target / "config.json").read_text()) == json.loads(
         (tmp_path / "source/config.json").read_text()
     )

@@ -71,7 +71,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def native(project: Path) -> Path:
-    """A native checkpoint of the project's model, with weights from seed 0."""
+    """A native checkpoint of the project's model, with weights from seed 0; without a manifest, which would tell of
+    whatever a test changes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,4 +81,5 @@ def native(project: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_pretrained("model")).save_pretrained("model")
     convert(Path("model"), Path("native"), progress=False)
+    Path("native/manifest.json").unlink()
     return Path("native")

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from paralign.engine.checkpoint import rawfile, writing
 from paralign.engine.checkpoint.convert import convert
+from paralign.engine.checkpoint.dcpfile import CheckpointFiles
+from paralign.engine.checkpoint.file_manifest import digest_directory, write_file_manifest
 from paralign.engine.checkpoint.hf import Assets, HFReader, copy_assets
 from paralign.engine.checkpoint.target import NativeTarget
-from paralign.engine.checkpoint.verify import compare
+from paralign.engine.checkpoint.verify import Difference, check_against_manifest, compare
 from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
 
@@ -157,6 +159,28 @@ def test_a_disk_that_lies_is_noticed_and_leaves_nothing(tmp_path, checkpoint, mo
     with pytest.raises(WeightsError, match=r"model.layers.1.mlp.up_proj.weight was not read back"):
         convert(checkpoint, tmp_path / "dst", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000100"]
+
+
+def test_a_runs_checkpoint_with_a_flipped_bit_is_refused(tmp_path, checkpoint):
+    shard = next(checkpoint.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    tensor = CheckpointFiles(checkpoint).read("decoder.layers.1.mlp.linear_fc2.weight")
+    content[content.index(bytes(tensor.view(torch.uint8).flatten().tolist())) + 7] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"distcp: decoder.layers.1.mlp.linear_fc2.weight: other bytes"):
+        convert(checkpoint, tmp_path / "dst", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000100"]
+
+
+def test_a_runs_manifest_of_files_is_heeded_where_convert_reads(tmp_path, checkpoint):
+    (checkpoint / "common.pt").write_bytes(b"of the optimizer")
+    write_file_manifest(checkpoint, digest_directory(checkpoint))
+    (checkpoint / "common.pt").unlink()
+    convert(checkpoint, tmp_path / "dst", progress=False)
+    assert check_against_manifest(checkpoint) == [Difference("common.pt", "missing")]
+    (checkpoint / "hf/config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"hf/config.json: 2 bytes, expected \d+, by .*manifest.json"):
+        convert(checkpoint, tmp_path / "again", progress=False)
 
 
 FAMILIES = {

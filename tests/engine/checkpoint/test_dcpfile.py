@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from paralign.engine.checkpoint.dcpfile import CheckpointFiles, CheckpointFileWriter, write_metadata
-from paralign.models.errors import CheckpointError
+from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
 
 
@@ -58,6 +58,24 @@ def test_what_torch_has_saved_is_read_without_a_copy(tmp_path):
         assert bit_equal(files.read(name), tensor.detach()), name
     files.read("whole").zero_()
     assert bit_equal(CheckpointFiles(tmp_path).read("whole"), tensors["whole"])
+
+
+def test_the_sum_that_torch_saves_with_a_tensor_tells_of_each_flipped_bit(tmp_path):
+    tensors = {"a": torch.randn(60, 4), "b": torch.randn(30).bfloat16(), "none": torch.zeros(0, 3)}
+    dcp.save(dict(tensors), checkpoint_id=tmp_path, no_dist=True)
+    for name in tensors:
+        CheckpointFiles(tmp_path).check(name)
+    path = tmp_path / "__0_0.distcp"
+    content = path.read_bytes()
+    for name in ("a", "b"):
+        start = content.index(bytes(tensors[name].view(torch.uint8).flatten().tolist()))
+        for at in (start, start + tensors[name].nbytes - 1):
+            broken = bytearray(content)
+            broken[at] ^= 8
+            path.write_bytes(broken)
+            CheckpointFiles(tmp_path).read(name)
+            with pytest.raises(WeightsError, match=rf"distcp: {name}: other bytes than its CRC32 says"):
+                CheckpointFiles(tmp_path).check(name)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

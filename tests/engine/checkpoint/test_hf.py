@@ -99,7 +99,7 @@ def test_stages_write_files_of_their_own_within_the_size_asked_for(tmp_path):
 def test_a_small_model_is_one_file_without_an_index(tmp_path):
     save_model(tmp_path / "src", max_shard_size="5GB")
     export(HFReader(tmp_path / "src"), tmp_path / "dst", max_shard_bytes=parse_size("5GB"))
-    assert [path.name for path in (tmp_path / "dst").iterdir()] == ["model.safetensors"]
+    assert {path.name for path in (tmp_path / "dst").iterdir()} == {"model.safetensors", "manifest.json"}
 
 
 def test_nothing_looks_like_a_model_before_the_export_is_finished(tmp_path):
@@ -169,6 +169,18 @@ def edit_shard(directory, name, edit):
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
+
+
+def edit_header(directory, edit):
+    """Changes the entries of the first two tensors of a shard, by their place, and nothing behind the header."""
+    path = shard_of(directory, "model.norm.weight")
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    first = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    edit(*(header[name] for _, name in first[:2]))
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def add_everywhere(directory, name, tensor):
@@ -244,6 +256,58 @@ BROKEN = {
     "other vocabulary": (
         lambda d: edit_config(d, vocab_size=40),
         r"embed_tokens.weight: found shape \(37, 16\), expected \(40, 16\)",
+    ),
+    "tensors over one another": (
+        lambda d: edit_header(d, lambda a, b: b.update(data_offsets=list(a["data_offsets"]))),
+        r"safetensors: .* has bytes \d+ to \d+, where the next begin at \d+: tensors overlap, or leave a hole",
+    ),
+    "a tensor in the header": (
+        lambda d: edit_header(d, lambda a, b: a.update(data_offsets=[-32, a["data_offsets"][1] - 32])),
+        r"no safetensors header",
+    ),
+    "a tensor past the end": (
+        lambda d: edit_header(d, lambda a, b: b.update(data_offsets=[10**9, 10**9 + 32])),
+        r"tensors overlap, or leave a hole",
+    ),
+    "a hole": (
+        lambda d: edit_header(d, lambda a, b: a.update(data_offsets=[2, a["data_offsets"][1]])),
+        r"has bytes 2 to \d+, where the next begin at 0",
+    ),
+    "backwards": (
+        lambda d: edit_header(d, lambda a, b: a.update(data_offsets=a["data_offsets"][::-1])),
+        r"tensors overlap, or leave a hole",
+    ),
+    "offsets as text": (
+        lambda d: edit_header(d, lambda a, b: a.update(data_offsets=["0", "9"])),
+        r"no safetensors header",
+    ),
+    "a shape of no numbers": (
+        lambda d: edit_header(d, lambda a, b: a.update(shape=[[1], 2.0])),
+        r"no safetensors header",
+    ),
+    "a dtype of no text": (
+        lambda d: edit_header(d, lambda a, b: a.update(dtype=["F32"])),
+        r"no safetensors header",
+    ),
+    "a header that never ends": (
+        lambda d: shard_of(d, "model.norm.weight").write_bytes(b"\xff" * 5000),
+        r"no safetensors header",
+    ),
+    "a header of brackets": (
+        lambda d: shard_of(d, "model.norm.weight").write_bytes((5000).to_bytes(8, "little") + b"[" * 5000),
+        r"no safetensors header",
+    ),
+    "an index without a map": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": 5}'),
+        r"index.json: no weight_map",
+    ),
+    "an index that leads out": (
+        lambda d: edit_index(d, lambda m: m.__setitem__("model.norm.weight", "../secret.safetensors")),
+        r"model.norm.weight in '../secret.safetensors'; expected the name of a file next to it",
+    ),
+    "an index of numbers": (
+        lambda d: edit_index(d, lambda m: m.__setitem__("model.norm.weight", 5)),
+        r"model.norm.weight in 5; expected the name",
     ),
     "quantised": (quantise_norm, r"model.norm.weight: dtype I8; expected one of F32"),
 }

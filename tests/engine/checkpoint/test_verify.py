@@ -63,7 +63,7 @@ def test_a_dtype_is_a_difference(model, tmp_path):
 
 def test_no_manifest_is_told(model):
     with pytest.raises(
-        WeightsError, match=r"manifest.json: there is no such file; `paralign convert` writes"
+        WeightsError, match=r"manifest.json: there is no such file; `paralign convert` and runs write one"
     ):
         check_against_manifest(model / "source")
 
