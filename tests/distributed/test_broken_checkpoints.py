@@ -19,7 +19,7 @@ from paralign.engine.training import saving
 from paralign.engine.training.state import broken
 
 from .pool import RankFailure, RankPool
-from .toy import make_toy, train_recipe, write_recipe
+from .toy import forget_checksums, make_toy, train_and_tell, train_recipe, write_recipe
 
 STEPS = 12
 HARMS: dict[str, Callable[[bytes], bytes | None]] = {
@@ -98,14 +98,13 @@ def _flip(path: Path) -> None:
 
 
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
-    saved: Path, toy: Path, ranks: RankPool, capfd: pytest.CaptureFixture[str]
+    saved: Path, toy: Path, ranks: RankPool
 ) -> None:
     recipe, run_dir = _recipe(toy, "harmed"), toy / "harmed"
     shutil.copytree(saved / "checkpoints", run_dir / "checkpoints")
     _flip(run_dir / "checkpoints/iter_0000012/__1_0.distcp")
     (run_dir / "checkpoints/iter_0000008/manifest.json").unlink()
-    ranks.run(2, train_recipe, recipe)
-    said = "".join(capfd.readouterr().out.replace("│", "").split())
+    said, _ = ranks.run(2, train_and_tell, recipe)
     assert "resumedfrom" in said
     assert "iter_0000012(__1_0.distcp:othercontent)" in said
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
@@ -119,18 +118,11 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert store.latest(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000012"  # none is renamed
 
 
-def test_a_checkpoint_from_before_manifests_is_gone_on_from(
-    saved: Path, toy: Path, ranks: RankPool, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_from_before_manifests_is_gone_on_from(saved: Path, toy: Path, ranks: RankPool) -> None:
     recipe, run_dir = _recipe(toy, "older"), toy / "older"
     shutil.copytree(saved / "checkpoints/iter_0000008", run_dir / "checkpoints/iter_0000008")
-    (run_dir / "checkpoints/iter_0000008/manifest.json").unlink()
-    progress = store.read_progress(run_dir / "checkpoints/iter_0000008")
-    store.write_progress(
-        run_dir / "checkpoints/iter_0000008", store.Progress(progress.step, progress.data, progress.metrics)
-    )
-    ranks.run(2, train_recipe, recipe)
-    said = "".join(capfd.readouterr().out.replace("│", "").split())
+    forget_checksums(run_dir / "checkpoints/iter_0000008")
+    said, _ = ranks.run(2, train_and_tell, recipe)
     assert said.count("withoutchecksums") == 1
     assert {step: _losses(saved)[step] for step in range(8, STEPS)} == _losses(run_dir)
 

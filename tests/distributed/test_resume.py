@@ -21,7 +21,7 @@ from paralign.models.errors import WeightsError
 from ..harm import Harm
 from .comparing import assert_weights_equal, metrics_of
 from .pool import RankFailure, RankPool
-from .toy import make_toy, train_recipe, write_recipe
+from .toy import forget_checksums, make_toy, train_recipe, write_recipe
 
 TP2_PP2_DP2 = {
     "tensor_model_parallel_size": 2,
@@ -130,6 +130,7 @@ def test_a_damaged_checkpoint_is_called_that(
     name = f"damaged-{file}-{len(content)}"
     _copy_first_checkpoint(trained, name)
     directory = trained / name / "checkpoints/iter_0000005"
+    forget_checksums(directory)
     if file == "more.distcp":
         _point_an_object_to(directory, file, len(content))
     (directory / file).write_bytes(content)
@@ -151,6 +152,7 @@ def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: s
     name = f"planted-{where}"
     _copy_first_checkpoint(trained, name)
     directory = trained / name / "checkpoints/iter_0000005"
+    forget_checksums(directory)
     harm = Harm(tmp_path / "it-ran")
     if where == "object":
         content = io.BytesIO()

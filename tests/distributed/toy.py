@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from paralign.engine.checkpoint import store
+from paralign.engine.checkpoint.manifest import MANIFEST
 from paralign.engine.processes.stop import Stop
 from paralign.engine.run.check import check
 from paralign.engine.run.rank import train
@@ -109,3 +114,16 @@ def train_recipe(rank: int, world_size: int, path: Path, stop_before: int | None
 
         Trainer.train_step = die_at  # type: ignore[method-assign]
     train(report, Stop(), local_rank=rank)
+
+
+def train_and_tell(rank: int, world_size: int, recipe: Path) -> str:
+    """What the rank prints meanwhile, without frames and spaces."""
+    with redirect_stdout(StringIO()) as said:
+        train_recipe(rank, world_size, recipe)
+    return "".join(said.getvalue().replace("│", "").split())
+
+
+def forget_checksums(checkpoint: Path) -> None:
+    """Make it one of a version that took none."""
+    (checkpoint / MANIFEST).unlink()
+    store.write_progress(checkpoint, replace(store.read_progress(checkpoint), manifest=False))
