@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from paralign.engine.processes.child import die_with_parent
+
 MARK = "PARALIGN_TEST_MARK"
 
 
@@ -45,6 +47,7 @@ class Processes:
                     stderr=log,
                     env=os.environ | {MARK: self.mark, "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment,
                     start_new_session=True,
+                    preexec_fn=die_with_parent,  # where a test is ended from outside
                 )
             )
         return self.started[-1]
