@@ -6,10 +6,11 @@ tflops_per_gpu, mfu, peak_memory_gb (of the fullest rank), samples, validation/N
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from paralign.models.errors import ParalignError
+from paralign.models.errors import ParalignError, TrainingError
 
-from ..files.whole_file import write_whole
+from ..files.json_lines import StepLines, read_lines
+from ..files.refused import refusal
 from .config import ObserveConfig
 
+METRICS = "metrics.jsonl"
 _SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
     "grad_norm": lambda value: f"grad_norm {value:.3f}",
@@ -38,7 +41,9 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 class Sink(Protocol):
-    """Somewhere that metrics go."""
+    """Somewhere that metrics go; `place` is where, as errors name it."""
+
+    place: Path
 
     def start(self, facts: Mapping[str, str]) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -47,7 +52,11 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """Sends metrics to its sinks; a rank without sinks logs nothing."""
+    """Sends metrics to its sinks; a rank without sinks logs nothing.
+
+    Raises:
+        TrainingError: a sink cannot be written, as on a full disk.
+    """
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
@@ -70,84 +79,97 @@ class MetricsLog:
         """
         if rank != 0:
             return cls()
-        sinks: list[Sink] = [JsonLines(run_dir, first_step), ConsoleLog(first_step, total_steps)]
-        if config.tensorboard or config.wandb:
-            from .trackers import TensorBoard, WeightsAndBiases
+        with _naming(run_dir):
+            sinks: list[Sink] = [JsonLines(run_dir, first_step), ConsoleLog(first_step, total_steps)]
+            if config.tensorboard or config.wandb:
+                from .trackers import TensorBoard, WeightsAndBiases
 
-            if config.tensorboard:
-                sinks.append(TensorBoard(run_dir, first_step, recipe))
-            if config.wandb:
-                sinks.append(WeightsAndBiases(config.wandb, run_dir, recipe))
+                if config.tensorboard:
+                    sinks.append(TensorBoard(run_dir, first_step, recipe))
+                if config.wandb:
+                    sinks.append(WeightsAndBiases(config.wandb, run_dir, recipe))
         return cls(*sinks)
 
     def start(self, facts: Mapping[str, str]) -> None:
         """Shows what is about to run."""
         for sink in self._sinks:
-            sink.start(facts)
+            with _naming(sink.place):
+                sink.start(facts)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Reports values of a step, counted from 0."""
         for sink in self._sinks:
-            sink.log(step, values)
+            with _naming(sink.place):
+                sink.log(step, values)
 
     def note(self, step: int, text: str) -> None:
         """Reports something that happened at a step, in words."""
         for sink in self._sinks:
-            sink.note(step, text)
+            with _naming(sink.place):
+                sink.note(step, text)
 
     def close(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            with _naming(sink.place):
+                sink.close()
+
+
+@contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as refused:
+        raise TrainingError(
+            f"{refusal(refused, place)}; checkpoints stay as they are, and a run goes on from the newest"
+        ) from refused
 
 
 class JsonLines:
     """`run_dir/metrics.jsonl`: a line {"step", "time", metrics…} for each report; time in seconds since 1970.
 
-    Lines of `first_step` and later are cut when it opens: a resumed run is going to write them again.
+    Lines of `first_step` and later are cut when it opens: a resumed run is going to write them again. Lines that are
+    not of a run go to metrics.jsonl.unread.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in read_metrics(run_dir) if line["step"] < first_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self.place = run_dir / METRICS
+        self._lines = StepLines(self.place, first_step)
 
     def start(self, facts: Mapping[str, str]) -> None:
         """Facts stand in the recipe kept beside this file."""
+        del facts
+        if numbers := self._lines.unread:
+            some = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+            what = "line" if len(numbers) == 1 else "lines"
+            print(
+                f"{self.place}: {what} {some}: torn, or not of a run; moved to {METRICS}.unread",
+                file=sys.stderr,
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, "time": round(time.time(), 3), **finite})
 
     def note(self, step: int, text: str) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), "note": text}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, "time": round(time.time(), 3), "note": text})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill tore is left out. Raises ParalignError."""
-    path = run_dir / "metrics.jsonl"
+    """The lines of a run's metrics.jsonl; what is torn or no such line is left out. Raises ParalignError."""
+    path = run_dir / METRICS
     try:
-        text = path.read_text(encoding="utf-8")
+        return [line.values for line in read_lines(path) if line.values is not None]
     except OSError as error:
         raise ParalignError(f"{path}: {error.strerror}; expected the directory of a run") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 class ConsoleLog:
     """A live bar on a terminal; elsewhere, one plain line for each report."""
+
+    place = Path("the terminal")
 
     def __init__(self, first_step: int, total_steps: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)

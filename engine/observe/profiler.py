@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..files.refused import refusals_told
 from .config import ProfileConfig
 
 
@@ -45,6 +46,7 @@ class Profiler:
         if self._trace is None:
             return
         self._trace.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._trace.export_chrome_trace(str(self._path))
+        with refusals_told(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._trace.export_chrome_trace(str(self._path))
         self._trace = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import uuid
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import yaml
 
 from paralign.models.errors import RecipeError
 
+from ..files.whole_file import write_whole
 from .config import WandbConfig
 
 RUN_ID = "run_id.txt"
@@ -28,7 +30,8 @@ class TensorBoard:
     def __init__(self, run_dir: Path, first_step: int, recipe: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.place = run_dir / "tensorboard"
+        self._writer = SummaryWriter(str(self.place), purge_step=first_step)
         self._recipe = recipe
 
     def start(self, facts: Mapping[str, str]) -> None:
@@ -61,16 +64,14 @@ class WeightsAndBiases:
         import wandb
 
         run_dir = run_dir.absolute()
-        (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-        id_file = run_dir / "wandb" / RUN_ID
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self.place = run_dir / "wandb"
+        self.place.mkdir(parents=True, exist_ok=True)
         try:
             self._run: Any = wandb.init(
                 project=config.project,
                 entity=config.entity,
                 name=config.name or run_dir.name,
-                id=id_file.read_text(encoding="utf-8").strip(),
+                id=_run_id(self.place / RUN_ID),
                 resume="allow",
                 mode=config.mode,
                 dir=run_dir,
@@ -80,7 +81,7 @@ class WeightsAndBiases:
         except wandb.Error as error:
             raise RecipeError(
                 f"observe.wandb: {str(error).rstrip('.')}; run `wandb login`, or set observe.wandb.mode: offline and "
-                f"`wandb sync` {run_dir / 'wandb'}/offline-run-* later"
+                f"`wandb sync` {self.place}/offline-run-* later"
             ) from None
         self._run.define_metric("*", step_metric="step")
 
@@ -96,3 +97,12 @@ class WeightsAndBiases:
     def close(self) -> None:
         closed_by_an_error = sys.exc_info()[0] is not None
         self._run.finish(exit_code=int(closed_by_an_error))
+
+
+def _run_id(path: Path) -> str:
+    """The one that the file holds; a new one where there is none, or a power cut took its bytes."""
+    kept = path.read_bytes().strip() if path.exists() else b""
+    if not re.fullmatch(rb"[0-9A-Za-z_-]{1,64}", kept):
+        kept = uuid.uuid4().hex[:12].encode()
+        write_whole(path, kept)
+    return kept.decode()

@@ -9,6 +9,7 @@ from typing import TypeVar
 from .health import Health
 from .memory import Memory
 from .metrics import MetricsLog
+from .own_work import OwnWork
 from .profiler import Profiler
 from .throughput import Throughput
 
@@ -23,11 +24,17 @@ class Watch:
     """
 
     def __init__(
-        self, log: MetricsLog, health: Health, throughput: Throughput, memory: Memory, profiler: Profiler
+        self,
+        log: MetricsLog,
+        health: Health,
+        throughput: Throughput,
+        memory: Memory,
+        profiler: Profiler,
+        own_work: OwnWork,
     ) -> None:
         self.log = log
         self._health, self._throughput = health, throughput
-        self._memory, self._profiler = memory, profiler
+        self._memory, self._profiler, self._own_work = memory, profiler, own_work
 
     def __enter__(self) -> Watch:
         self._memory.start()
@@ -54,6 +61,11 @@ class Watch:
         self._health.at(operation, step)
         yield
         go_on()
+        self._own_work.restart()
+
+    def moved(self) -> None:
+        """Say that what goes on has come further: whatever takes long and is healthy says so now and then."""
+        self._health.moved()
 
     def marking(self, packs: Sequence[ItemT]) -> Sequence[ItemT]:
         """The same packs; whoever iterates over them says by that which one begins."""
@@ -72,5 +84,8 @@ class Watch:
                 self._profiler.stop()
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a training step's values with throughput and memory. Collective."""
-        self.log.log(step, {**values, **self._throughput.read(), **self._memory.read()})
+        """Log a training step's values with throughput and memory, and name a slow rank. Collective."""
+        slow, words = self._own_work.read()
+        if words:
+            self.log.note(step, words)
+        self.log.log(step, {**values, **self._throughput.read(), **self._memory.read(), **slow})

@@ -7,8 +7,7 @@ bound the cost.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from paralign.models.head_read import Quantity
 from ..data.cache import TokenCache
 from ..data.pack import pack_chats
 from ..data.tokenizer import open_tokenizer
-from ..files.whole_file import write_whole
+from ..files.json_lines import StepLines
+from ..files.refused import refusals_told
 from ..training.model import Model
 
 LIKELIEST = frozenset({Quantity.LIKELIEST})
@@ -59,6 +59,7 @@ def greedy(
     tokens_per_pack: int,
     max_new_tokens: int,
     stops: frozenset[int],
+    moved: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The likeliest token again and again, for each prompt. Collective; every rank gets the same answers.
 
@@ -66,12 +67,14 @@ def greedy(
         model: with current weights.
         prompts: tokens (L,), which fit one pack with `max_new_tokens` more for each.
         stops: tokens that end an answer; the one that ends it is part of it.
+        moved: called at each token, for whoever watches for stalls.
     """
     mesh = model.mesh
     answers: list[list[int]] = [[] for _ in prompts]
     # Other data-parallel ranks would compute the same, and micro-batches beyond the first are the schedule's.
     empty = pack_chats([], tokens_per_pack, mesh.device)
     for _ in range(max_new_tokens):
+        moved()
         going = [i for i, answer in enumerate(answers) if not answer or answer[-1] not in stops]
         if not going:
             break
@@ -101,10 +104,11 @@ def _asking(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Generations:
     """`run_dir/generations.jsonl`: answers at each evaluation, a line {step, set, place, prompt, answer, expected}.
 
-    Lines of `first_step` and later are cut when it opens: a resumed run writes them again.
+    It opens like metrics.jsonl, see StepLines.
 
     Args:
         validation: sets by name; each is asked its first prompts, as many as fit one pack.
+        moved: called at each token, for whoever watches for stalls.
     """
 
     def __init__(
@@ -117,8 +121,9 @@ class Generations:
         n_samples: int,
         max_new_tokens: int,
         first_step: int,
+        moved: Callable[[], None],
     ) -> None:
-        self._model, self._max_new_tokens = model, max_new_tokens
+        self._model, self._max_new_tokens, self._moved = model, max_new_tokens, moved
         self._tokenizer = open_tokenizer(tokenizer_dir)
         special = set(self._tokenizer.all_special_ids)
         self._sets = {
@@ -130,7 +135,8 @@ class Generations:
         self._stops = frozenset((ends & special) | ({self._tokenizer.eos_token_id} - {None}))
         self._path = run_dir / "generations.jsonl"
         if model.mesh.is_main:
-            _cut(self._path, first_step)
+            with refusals_told(self._path):
+                self._lines = StepLines(self._path, first_step)
 
     def write(self, step: int) -> None:
         """Ask every set, with the weights before step number `step`. Collective."""
@@ -141,11 +147,14 @@ class Generations:
                 tokens_per_pack=tokens_per_pack,
                 max_new_tokens=self._max_new_tokens,
                 stops=self._stops,
+                moved=self._moved,
             )
-            if self._model.mesh.is_main:
-                with self._path.open("a", encoding="utf-8") as file:
-                    for prompt, answer in zip(prompts, answers):
-                        line = {
+            if not self._model.mesh.is_main:
+                continue
+            with refusals_told(self._path):
+                for prompt, answer in zip(prompts, answers):
+                    self._lines.write(
+                        {
                             "step": step,
                             "set": name,
                             "place": prompt.place,
@@ -153,18 +162,4 @@ class Generations:
                             "answer": self._tokenizer.decode(answer),
                             "expected": self._tokenizer.decode(prompt.expected.tolist()),
                         }
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _cut(path: Path, first_step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line)
-        except ValueError:  # torn by a kill
-            continue
-    write_whole(path, "".join(kept))
+                    )

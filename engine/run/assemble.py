@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from paralign.models import FAMILIES, scoring_class
 from paralign.models.arch import Arch
@@ -16,7 +19,7 @@ from paralign.models.errors import CheckpointError, RecipeError
 from ..backends import backend_of
 from ..batch import Kind
 from ..checkpoint import store
-from ..checkpoint.hf import Assets, Scorer, arch_of, parse_size
+from ..checkpoint.hf import Assets, Scorer, arch_of, copy_assets, parse_size
 from ..checkpoint.source import check_share, open_source
 from ..columns.fillers import Baseline, KeptReference, score_answers
 from ..columns.reference import MadeBy, read_or_score, weights_digest
@@ -27,11 +30,14 @@ from ..data.epochs import Share
 from ..data.loader import PackLoader
 from ..data.render import template_text
 from ..data.tokenizer import padding_token
+from ..files.refused import refusals_told
+from ..files.whole_file import replace_directory
 from ..objectives import ReferenceSection, build_objective
 from ..objectives.measures import with_measures
 from ..observe.health import Health
 from ..observe.memory import Memory
 from ..observe.metrics import MetricsLog
+from ..observe.own_work import OwnWork
 from ..observe.profiler import Profiler
 from ..observe.throughput import Throughput, peak_flops
 from ..observe.watch import Watch
@@ -64,8 +70,10 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     steps = build_steps(report, model, read)  # other models are read before this one is wrapped to train
     learner = build_learner(report, model)
     assets = assets_to_hand_on(report)
+    if mesh.is_main and replay_step is None:
+        assets = kept_with_the_run(assets, recipe.run_dir / "assets", DTYPES[recipe.model.dtype])
     checkpoints, start = build_checkpoints(report, learner, assets, steps[TRAIN].fingerprint, replay_step)
-    watch = build_watch(report, mesh, stop, start, logs=replay_step is None)
+    watch = build_watch(report, model, stop, start, logs=replay_step is None)
     runs = backend_of(recipe.model).facts(report.arch, mesh.device, DTYPES[recipe.model.dtype])
     watch.log.start({**report.facts(), **runs, "start": start.text})
     validation = {name: found for name, found in steps.items() if name != TRAIN}
@@ -80,6 +88,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             assets=assets,
             dtype=DTYPES[recipe.checkpoint.export_dtype or recipe.model.dtype],
             max_shard_bytes=parse_size(recipe.checkpoint.max_shard_size),
+            moved=watch.moved,
         ),
         course=Course(
             first_step=start.step,
@@ -100,6 +109,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             n_samples=recipe.train.generate_samples,
             max_new_tokens=recipe.train.generate_max_tokens,
             first_step=start.step,
+            moved=watch.moved,
         )
         if recipe.train.generate_samples and replay_step is None
         else None,
@@ -224,6 +234,16 @@ def assets_to_hand_on(report: CheckReport) -> Assets:
     )
 
 
+def kept_with_the_run(assets: Assets, directory: Path, dtype: torch.dtype) -> Assets:
+    """The same, copied to a directory of the run: the model that it started from may go away while it trains."""
+    partial = directory.with_name(f"{directory.name}.part")
+    with refusals_told(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        copy_assets(assets, partial, dtype=str(dtype).removeprefix("torch."))
+        replace_directory(partial, directory)
+    return replace(assets, model=directory, tokenizer=directory)
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins.
@@ -318,9 +338,9 @@ def export_is_missing(recipe: Recipe, mesh: Mesh, step: int) -> bool:
     return bool(mesh.largest(mesh.is_main and not (recipe.run_dir / "hf" / f"iter_{step:07d}").exists()))
 
 
-def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, logs: bool) -> Watch:
+def build_watch(report: CheckReport, model: Model, stop: Stop, start: Start, *, logs: bool) -> Watch:
     """What watches this rank; without `logs` nothing is written of it."""
-    recipe, device = report.recipe, mesh.device
+    recipe, mesh, device = report.recipe, model.mesh, model.mesh.device
     run_dir = recipe.run_dir
     log = MetricsLog()
     if logs:
@@ -334,10 +354,12 @@ def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, lo
         )
     ranks: dict[str, Any] = {"rank": mesh.rank, "world_size": mesh.world_size, "device": device}
     place = {name: axis.rank for name, axis in mesh.axes.items()}
+    layers = [layer for module in model.modules for layer in module.decoder.layers]
     return Watch(
         log,
         Health(run_dir, **ranks, stop=stop, stall_seconds=60 * recipe.train.stall_timeout_minutes),
         Throughput(world_size=mesh.world_size, peak=peak_flops(device)),
         Memory(run_dir, **ranks, place=place),
         Profiler(recipe.observe.profile, run_dir, rank=mesh.rank, device=device),
+        OwnWork(layers, gathers=recipe.layout.sequence_parallel, **ranks),
     )

@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from paralign.models.errors import ParalignError, RecipeError
 
 from ..checkpoint.hf import arch_of
+from ..files.lock import locked
+from ..files.refused import told
 from ..parallel.layout import resolve
 from ..processes.launch import RankEnv, rank_environment
 from ..processes.stop import EXIT_STOPPED, Stop
@@ -52,7 +54,8 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
         whole = meet_and_train(recipe, env, world_store, stop, replay_step)
-    except Exception as error:
+    except Exception as raised:
+        error = told(raised, Path(arguments[0]))
         mendable, asked_before = isinstance(error, ParalignError), stop.asked
         text = f"error: {error}" if mendable else traceback.format_exc()
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -128,7 +131,10 @@ def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int 
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh:
+    with (
+        open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh,
+        locked(recipe.run_dir) if mesh.is_main and replay_step is None else nullcontext(),
+    ):
         trainer = build_trainer(report, mesh, stop, replay_step)
         if replay_step is not None:
             _replay(trainer, replay_step, recipe.run_dir)

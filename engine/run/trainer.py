@@ -106,8 +106,7 @@ class Trainer:
     def train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
         """One update; its metrics."""
         self.watch.at("forward and backward", step)
-        marked = replace(batch, micro_batches=self.watch.marking(batch.micro_batches))
-        measured = self.learner.gradients(marked)
+        measured = self.learner.gradients(self._marked(batch))
         self.watch.at("optimizer", step)
         update = self.learner.update(step)
         if not update.updated:
@@ -119,6 +118,10 @@ class Trainer:
             "samples": float(batch.n_samples),
             **({} if update.updated else {"skipped": 1.0}),
         }
+
+    def _marked(self, batch: StepBatch) -> StepBatch:
+        """The same; its packs say to the watch where this rank is."""
+        return replace(batch, micro_batches=self.watch.marking(batch.micro_batches))
 
     def _refuse(self, step: int, batch: StepBatch, grad_norm: float) -> None:
         """What the recipe says of a step without a finite gradient norm: its weights stay as they were."""
@@ -139,7 +142,8 @@ class Trainer:
         with self.watch.aside("evaluation", step):
             self.learner.model.synchronize()
             for name, steps in self.validation.items():
-                sums = sum(map(self.learner.measure, steps.evaluation()), self.learner.no_sums())
+                marked = map(self._marked, steps.evaluation())
+                sums = sum(map(self.learner.measure, marked), self.learner.no_sums())
                 measured = report(self.learner.objective, sums)
                 values |= {f"validation/{name}/{metric}": value for metric, value in measured.items()}
             self.watch.log.log(step, values)

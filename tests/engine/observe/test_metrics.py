@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from paralign.engine.observe.config import ObserveConfig
 from paralign.engine.observe.metrics import ConsoleLog, JsonLines, MetricsLog, read_metrics
-from paralign.models.errors import ParalignError
+from paralign.models.errors import ParalignError, TrainingError
 
 
 def losses(run_dir: Path) -> list[tuple[int, float | None]]:
@@ -45,6 +47,45 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
         file.write('{"step": 1, "lo')
     write(tmp_path, 1, 4.0)
     assert losses(tmp_path) == [(0, 5.0), (1, 4.0)]
+
+
+def test_lines_that_are_not_of_a_run_are_told_and_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 0, 5.0)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"loss": 2}\n\xff{"step"')
+    lines = JsonLines(tmp_path, 1)
+    lines.start({})
+    lines.log(1, {"loss": 4.0})
+    assert losses(tmp_path) == [(0, 5.0), (1, 4.0)]
+    assert "metrics.jsonl: lines 2, 3, 4: torn, or not of a run; moved to" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.unread").read_bytes().count(b"\n") == 3
+
+
+class FullDisk:
+    """A sink on a full disk."""
+
+    place = Path("runs/x/metrics.jsonl")
+
+    def start(self, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = note = start
+
+    def close(self) -> None:
+        self.start()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda log: log.start({}), lambda log: log.log(1, {}), lambda log: log.note(1, ""), MetricsLog.close],
+)
+def test_a_full_disk_is_one_error(write: Callable[[MetricsLog], None]) -> None:
+    with pytest.raises(
+        TrainingError, match=r"^runs/x/metrics\.jsonl: No space left on device; make room .* checkpoints stay"
+    ):
+        write(MetricsLog(FullDisk()))
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
