@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from paralign import __version__
 from paralign.models.errors import LayoutError, ParalignError
+
+from .files.refused import told
 
 if TYPE_CHECKING:
     from .checkpoint.writing import Report
@@ -40,7 +43,10 @@ def main() -> None:
     """The `paralign` command. An error that the user can mend ends it with a message and exit code 2."""
     try:
         app()
-    except ParalignError as error:
+    except (ParalignError, OSError) as raised:
+        error = told(raised, Path.cwd())
+        if not isinstance(error, ParalignError):
+            raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("[bold red]error:[/]", end=" ")
         # A name in a file may hold what no terminal can show.
@@ -98,6 +104,26 @@ def train(
         report = check(loaded, nproc or _gpus(), progress=True)
     again = [] if replay_step is None else [f"{REPLAY}{replay_step}"]
     raise typer.Exit(run_local(recipe, [*(overrides or ()), *again], report.layout.world_size))
+
+
+@app.command()
+def preflight(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start; default: all GPUs, without any tp × pp.")
+    ] = None,
+) -> None:
+    """Check this machine for a recipe in a minute: devices, links, memory, disks.
+
+    Over several machines, start `paralign.engine.run.preflight` by torchrun or srun instead; then clocks and versions
+    are compared, and whether all see one run_dir.
+    """
+    from .processes.launch import run_local
+    from .run.recipe import load
+
+    world_size = nproc or _gpus() or math.prod(load(recipe, overrides or ()).layout.model_axes.values())
+    raise typer.Exit(run_local(recipe, overrides or (), world_size, module="paralign.engine.run.preflight"))
 
 
 @app.command()

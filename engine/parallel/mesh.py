@@ -92,8 +92,13 @@ class Mesh:
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank where there are any, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this local rank where there are any, else the CPU.
+
+    Of one that is shown alone, as by `srun --gpus-per-task=1`, the number is 0 in every rank.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 @contextmanager
