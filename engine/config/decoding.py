@@ -1,12 +1,14 @@
-"""Strict decoding of a recipe: a tree to typed sections, every error with its place. Reads no file."""
+"""Strict decoding of a recipe: a tree to typed sections, every error with its place. Opens no file."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import json
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,9 @@ Key = tuple[str | int, ...]
 Marks = dict[Key, str]
 """The place of each key, as errors name it: `sft/x.yaml:14`, or `command line: optimizer.lr=1e-5`."""
 SectionT = TypeVar("SectionT", bound="Section")
+MAX_PROBLEMS = 20  # told at once
+_NO_TEXT = "NUL and half characters are no text"
+_INTEGERS = range(-(2**63), 2**63)  # what torch and NumPy take
 
 
 class Section(BaseModel):
@@ -30,7 +35,7 @@ class Section(BaseModel):
     The `Attributes:` of its docstring say what each key means: an error quotes them where a key is missing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def decode(model: type[SectionT], tree: Mapping[str, Any], marks: Marks, path: Path) -> SectionT:
@@ -42,23 +47,70 @@ def decode(model: type[SectionT], tree: Mapping[str, Any], marks: Marks, path: P
     expanded = _expand(tree, (), marks, str(path), problems)
     if not problems:
         try:
-            return model.model_validate(expanded)
+            section = model.model_validate(expanded)
         except ValidationError as error:
             problems = _describe(error.errors(include_url=False), model, expanded, marks, str(path))
-    raise RecipeError("\n".join(problems))
+        else:
+            if not (problems := [_line(key, marks, str(path), what) for key, what in _bad_paths(section)]):
+                return section
+    raise RecipeError(some_of(problems))
+
+
+def some_of(problems: Sequence[str]) -> str:
+    """A line for each, as far as one can read them."""
+    more = len(problems) - MAX_PROBLEMS
+    return "\n".join([*problems[:MAX_PROBLEMS], *([f"and {more:,} more like these"] if more > 0 else [])])
+
+
+def _bad_paths(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Paths that no file can have, and those of devices and pipes, which may have no end."""
+    if isinstance(value, Section):
+        for name, field in type(value).model_fields.items():
+            yield from _bad_paths(getattr(value, name), (*key, field.alias or name))
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _bad_paths(item, (*key, name))
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _bad_paths(item, (*key, i))
+    elif isinstance(value, Path):
+        try:
+            kind = value.stat().st_mode
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                yield key, f"read {shown(str(value))}: {error.strerror}; give another path"
+        else:
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                yield key, f"read {shown(str(value))}; expected a file or a directory, no device or pipe"
 
 
 def _expand(value: Any, key: Key, marks: Marks, path: str, problems: list[str]) -> Any:
     if isinstance(value, dict):
+        for name in value:
+            if not _is_text(name):
+                problems.append(_line(key, marks, path, f"key {shown(name)}: {_NO_TEXT}"))
         return {name: _expand(item, (*key, name), marks, path, problems) for name, item in value.items()}
     if isinstance(value, list):
         return [_expand(item, (*key, i), marks, path, problems) for i, item in enumerate(value)]
+    if isinstance(value, int) and value not in _INTEGERS:
+        problems.append(
+            _line(key, marks, path, f"read {shown(value)}; expected an integer of at most 64 bits")
+        )
     if not isinstance(value, str):
         return value
     for name in re.findall(r"\$\{(\w+)\}", value):
         if name not in os.environ:
             problems.append(_line(key, marks, path, f"the environment variable {name} is not set; export it"))
-    return os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], ""), value))
+    text = re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], ""), value)
+    if not _is_text(text):
+        problems.append(_line(key, marks, path, f"read {shown(text)}; {_NO_TEXT}"))
+        return ""
+    return os.path.expanduser(text)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a file can have it as a name, and a terminal can show it."""
+    return "\0" not in text and (text.isascii() or not re.search("[\ud800-\udfff]", text))
 
 
 def _describe(
@@ -220,12 +272,24 @@ def _value_at(tree: Any, key: Key) -> Any:
 
 def shown(value: Any) -> str:
     """A value as an error quotes it, shortened."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    if isinstance(value, int) and value not in _INTEGERS:  # Python writes none of over 4,300 digits
+        return f"{value:.3e}" if abs(value) < 10**300 else "a huge integer"
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return shortened(text, 60)
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """A text as an error quotes it: no longer than that, and all of it can be printed."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= length else f"{text[: length - 3]}…"
 
 
 def dotted(key: Key) -> str:
     """A key as it is written: `data.train[0]`."""
+    return shortened(_dotted(key))
+
+
+def _dotted(key: Key) -> str:
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in key).lstrip(".")
 
 

@@ -74,7 +74,7 @@ class DataConfig(Section):
     format: Format = "auto"
     chat_template: ChatTemplate
     loss_on: LossOn = "assistant"
-    tokens_per_pack: Annotated[int, Field(gt=1)]
+    tokens_per_pack: Annotated[int, Field(gt=1, le=2**24)]
     too_long: Literal["drop", "truncate", "error"]
     nothing_to_learn: Literal["error", "skip"] = "error"
     bad_record: Literal["error", "skip"] = "error"

@@ -23,12 +23,14 @@ from ..batch import Head
 from ..checkpoint.hf import arch_of
 from ..checkpoint.source import open_source
 from ..columns.sources import BASELINE, DATA, REFERENCE, Source, in_order
+from ..config.decoding import some_of
 from ..config.optimizer import warmup_steps
 from ..data.answers import AnswerLayout
 from ..data.cache import TokenCache, build_or_open
 from ..data.config import SourceConfig
 from ..data.epochs import Epochs, StepStatistics, step_statistics
 from ..data.tokenizer import largest_id
+from ..files.refused import check_writable
 from ..objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from ..objectives.reward import RewardConfig
 from ..observe.config import check_installed
@@ -211,7 +213,8 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
 
 
 def _check_files(recipe: Recipe, arch: Arch) -> None:
-    """Data, weights and tokenizer are there and fit each other, as far as headers say."""
+    """Data, weights and tokenizer are there and fit each other, as far as headers say; run_dir can be written."""
+    check_writable(recipe.run_dir, RecipeError)
     absent = [
         f"data.{name.replace('/', '.')}: {source.path}"
         for name, sources in recipe.data.sets.items()
@@ -219,7 +222,7 @@ def _check_files(recipe: Recipe, arch: Arch) -> None:
         if not source.path.exists()
     ]
     if absent:
-        raise DataError("\n".join(f"{place}: no such file, seen from {Path.cwd()}" for place in absent))
+        raise DataError(some_of([f"{place}: no such file, seen from {Path.cwd()}" for place in absent]))
     if recipe.model.init == "weights":
         open_source(recipe.model.hf)
     _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
