@@ -44,7 +44,7 @@ def main() -> None:
     try:
         app()
     except (ParalignError, OSError) as raised:
-        error = told(raised, Path.cwd())
+        error = told(raised)
         if not isinstance(error, ParalignError):
             raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -33,6 +33,8 @@ def refusals_told(place: Path, error: type[ParalignError] = TrainingError) -> It
     """
     try:
         yield
+    except ConnectionError:  # of other ranks, not of a file system
+        raise
     except OSError as refused:
         raise error(refusal(refused, place)) from refused
 
@@ -46,10 +48,10 @@ def refusal(refused: OSError, place: Path) -> str:
     return f"{named}: {refused.strerror or refused}; {remedy}"
 
 
-def told(error: Exception, place: Path) -> Exception:
+def told(error: Exception) -> Exception:
     """The same, or what a full, closed or read-only file system says as an error that the user can mend."""
     if isinstance(error, OSError) and error.errno in _REMEDIES:
-        return TrainingError(refusal(error, place))
+        return TrainingError(refusal(error, Path("a file that the system does not name")))
     return error
 
 

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
         )
         whole = meet_and_train(recipe, env, world_store, stop, replay_step)
     except Exception as raised:
-        error = told(raised, Path(arguments[0]))
+        error = told(raised)
         mendable, asked_before = isinstance(error, ParalignError), stop.asked
         text = f"error: {error}" if mendable else traceback.format_exc()
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

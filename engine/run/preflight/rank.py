@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
         recipe = load(Path(arguments[0]), arguments[1:])
         return preflight(recipe, env)
     except Exception as raised:
-        error = told(raised, Path(arguments[0]))
+        error = told(raised)
         if isinstance(error, DistError):
             error = TrainingError(
                 f"rank {env.rank} on {socket.gethostname()} did not meet the other ranks at {env.master}, or lost "

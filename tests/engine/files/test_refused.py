@@ -21,13 +21,18 @@ def test_a_write_that_names_no_file_gets_the_place() -> None:
 
 
 def test_of_all_errors_only_those_of_a_file_system_are_told() -> None:
-    assert isinstance(told(OSError(errno.EDQUOT, "quota"), Path("x")), TrainingError)
+    assert isinstance(told(OSError(errno.EDQUOT, "quota")), TrainingError)
     for fault in (
         ConnectionResetError(errno.ECONNRESET, "reset"),
         ValueError("x"),
         OSError("a fault of ours"),
     ):
-        assert told(fault, Path("x")) is fault
+        assert told(fault) is fault
+
+
+def test_a_connection_that_is_lost_is_no_matter_of_files() -> None:
+    with pytest.raises(ConnectionResetError), refusals_told(Path("x")):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
 def test_a_long_name_is_shortened() -> None:
