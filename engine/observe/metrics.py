@@ -37,6 +37,8 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "tflops_per_gpu": lambda value: f"{value:.3g} TFLOP/s/GPU",
     "mfu": lambda value: f"MFU {value:.1%}",
     "peak_memory_gb": lambda value: f"{value:.1f} GB",
+    "slow_rank": lambda value: f"slow: rank {value:.0f}",
+    "slow_rank_ratio": lambda value: f"at {value:.1f}×",
 }
 
 

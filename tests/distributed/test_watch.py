@@ -60,7 +60,6 @@ def test_a_slow_rank_is_named(name: str, layout: dict[str, Any], toy: Path, rank
     named = [
         (line["step"], line["slow_rank"], line["slow_rank_ratio"]) for line in lines if "slow_rank" in line
     ]
-    print(named)
     assert [(step, rank) for step, rank, _ in named] == [(step, 1.0) for step in (2, 3, 4)]
     assert all(ratio > 1.5 for *_, ratio in named)
     [note] = [line["note"] for line in lines if "note" in line]
