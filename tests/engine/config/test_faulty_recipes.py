@@ -51,7 +51,7 @@ def _arguments(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_that_are_no_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert wrong(capsys, texts(RECIPE, many=1_000).items()) == []
+    assert wrong(capsys, texts(RECIPE, many=500).items()) == []
 
 
 def test_overrides_of_all_kinds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ def ranks(tmp_path: Path) -> Iterator[Callable[[int], list[Health]]]:
         for rank in range(n):
             options = {"rank": rank, "world_size": world_size or n, "device": torch.device("cpu")}
             started.append(Health(tmp_path, **options, stop=Stop(), stall_seconds=STALL))  # type: ignore[arg-type]
+            started[-1]._patience = 3 * STALL
             started[-1].__enter__()
             started[-1].at("forward and backward", 7)
         return started
@@ -79,7 +80,7 @@ def test_ranks_that_wait_for_one_that_moves_do_not_stall(
 ) -> None:
     """As most do while a few write an export; and when the few no longer move, one of them is named."""
     _, busy, _ = ranks(3)
-    move(busy, 3 * STALL)
+    move(busy, 2.5 * STALL)
     assert codes == []
     busy.at("exporting final", 7)
     deadline = time.monotonic() + 10
