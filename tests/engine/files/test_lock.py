@@ -77,7 +77,7 @@ def test_the_second_is_told_who_has_it_and_a_kill_frees_it(tmp_path: Path, holde
     ].kill()  # a fork and a spawned process of it live on, and both have inherited what can be inherited
     began = time.monotonic()
     with locked(tmp_path):
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
