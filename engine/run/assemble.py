@@ -65,9 +65,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     learner = build_learner(report, model)
     assets = assets_to_hand_on(report)
     checkpoints, start = build_checkpoints(report, learner, assets, steps[TRAIN].fingerprint, replay_step)
-    watch = build_watch(report, mesh, stop, start, logs=replay_step is None)
-    runs = backend_of(recipe.model).facts(report.arch, mesh.device, DTYPES[recipe.model.dtype])
-    watch.log.start({**report.facts(), **runs, "start": start.text})
     validation = {name: found for name, found in steps.items() if name != TRAIN}
     return Trainer(
         learner=learner,
@@ -91,7 +88,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             on_nonfinite=recipe.train.on_nonfinite,
             counts_tokens="num_tokens" in recipe.observe.token_metrics,
         ),
-        watch=watch,
         generations=Generations(
             model,
             {name: found.loader.cache for name, found in validation.items()},
@@ -103,6 +99,8 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         )
         if recipe.train.generate_samples and replay_step is None
         else None,
+        # Last: what fails before it leaves no tracker open.
+        watch=build_watch(report, mesh, stop, start, logs=replay_step is None),
     )
 
 
@@ -321,6 +319,7 @@ def export_is_missing(recipe: Recipe, mesh: Mesh, step: int) -> bool:
 def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, logs: bool) -> Watch:
     """What watches this rank; without `logs` nothing is written of it."""
     recipe, device = report.recipe, mesh.device
+    runs = backend_of(recipe.model).facts(report.arch, device, DTYPES[recipe.model.dtype])
     run_dir = recipe.run_dir
     log = MetricsLog()
     if logs:
@@ -340,4 +339,5 @@ def build_watch(report: CheckReport, mesh: Mesh, stop: Stop, start: Start, *, lo
         Throughput(world_size=mesh.world_size, peak=peak_flops(device)),
         Memory(run_dir, **ranks, place=place),
         Profiler(recipe.observe.profile, run_dir, rank=mesh.rank, device=device),
+        {**report.facts(), **runs, "start": start.text},
     )
