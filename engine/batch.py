@@ -23,7 +23,7 @@ IGNORE = -100  # the label of a row without loss, as in torch and transformers
 class Column(Enum):
     """A named tensor beside the tokens of a pack: S segments, P pairs, N answers, R rows with a loss."""
 
-    SOURCE = "source"  # (S,) int64: index of the data set a segment came from
+    SOURCE = "source"  # (S,) int64: index of the data set a segment came from, where there are several
     ANSWER = "answer"  # (S,) int64: id of the answer in its data set; −1 in the padding tail
     ANSWERS = "answers"  # (N,) int64: the segments that hold answers, in order
     PAIR = "pair"  # (P, 2) int64: the segments of each pair's chosen and rejected answer

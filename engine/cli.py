@@ -85,6 +85,7 @@ def train(
 
     Over several machines, start `paralign.engine.run` by torchrun or srun instead.
     """
+    from .backends import check_kernels
     from .processes.launch import rank_environment, run_local
     from .processes.stop import Stop
     from .run.check import check
@@ -99,6 +100,7 @@ def train(
             f"under srun `python -m paralign.engine.run {recipe}`"
         )
     loaded = load(recipe, overrides or ())
+    check_kernels(loaded.model)
     # Bad input ends here, before any rank starts, and the data is tokenised once.
     with Stop():
         report = check(loaded, nproc or _gpus(), progress=True)

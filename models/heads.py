@@ -76,7 +76,9 @@ class ScalarHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden_TBH: Tensor, read: HeadRead) -> HeadOutput:
-        """The values, float32 (R,)."""
+        """The values, float32 (R,). Raises ValueError where something else is asked for."""
+        for quantity in read.quantities - {Quantity.VALUE}:
+            raise ValueError(f"a scalar head was asked for the {quantity.value}; it gives the value alone")
         if self.sequence_parallel:
             # Each rank's gradient of the gathered rows is the whole one: it is divided again, not summed.
             hidden_TBH = tensor_parallel.gather_from_sequence_parallel_region(

@@ -23,7 +23,6 @@ class Segments(PackedSeqParams):
         max_seqlen_q, max_seqlen_kv: longest segment, Python ints, so that no kernel asks the device.
         positions_T: int64 (T,), position of each row in its sample; RoPE reads these and nothing else.
         kv_index: int64 (cu_seqlens_kv[-1],), the row each key is read from; None if key i is row i.
-        n_real: rows before the padding tail.
         bounds: for each segment the Python ints (first row, end row, first key, end key), for kernels that
             loop over segments.
         rope: float32 (D/2,), rotary frequencies, from the decoder; None where the model has none.
@@ -36,7 +35,6 @@ class Segments(PackedSeqParams):
 
     positions_T: Tensor = None  # type: ignore[assignment]  # the base class has defaults
     kv_index: Tensor | None = None
-    n_real: int = 0
     bounds: tuple[tuple[int, int, int, int], ...] = ()
     rope: Tensor | None = None
     alibi_slopes_H: Tensor | None = None

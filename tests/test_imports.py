@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from paralign.engine.objectives import OBJECTIVES
 from paralign.tools.house import imports_of, room_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,12 @@ def test_engine_imports_downwards(path: Path) -> None:
         room = room_of(name)
         if room and room != here:
             assert FLOOR_OF[room] < FLOOR_OF[here], f"{here} imports {name}"
+
+
+def test_an_objective_is_known_by_name_in_its_own_room_only() -> None:
+    named = tuple(f"paralign.engine.objectives.{name}" for name in OBJECTIVES)
+    elsewhere = [path for path in _sources("engine") if path.parent.name != "objectives"]
+    assert [str(path) for path in elsewhere if any(n.startswith(named) for n in imports_of(path, ROOT))] == []
 
 
 def test_checking_a_recipe_starts_at_once() -> None:

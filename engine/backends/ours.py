@@ -22,7 +22,6 @@ from paralign.models.attention import (
     sdpa_attention,
 )
 from paralign.models.decoder import Parts
-from paralign.models.errors import RecipeError
 from paralign.models.heads import ReadHead, ScalarHead, VocabularyHead
 from paralign.models.layer import Layer
 from paralign.models.mcore import ColumnParallelLinear, IdentityOp, ModuleSpec, RowParallelLinear
@@ -54,19 +53,12 @@ class Ours:
 
     Args:
         kernels: `auto` takes our operations where their kernels can run and torch's elsewhere, `reference` takes
-            torch's, `required` is `auto`, and an error where it would fall back.
+            torch's; `required` is `auto` behind a check (`check_kernels`).
         attention: see `choose_kernel` of models/attention.py.
-
-    Raises:
-        RecipeError: the kernels are required and cannot be used.
     """
 
     kernels: Kernels = "auto"
     attention: AttentionBackend = "auto"
-
-    def __post_init__(self) -> None:
-        if self.kernels == "required" and (found := find_library()).library is None:
-            raise RecipeError(f"model.kernels: required, but they are {found.reason}; or set it to auto")
 
     @property
     def fuses_updates(self) -> bool:

@@ -1,4 +1,4 @@
-"""Who gives which column of a pack, and in which order; data/ and score.py fill them."""
+"""Who gives which column of a pack, and in which order. data/pack.py and fillers.py fill them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class Source:
     of_step: bool = False
 
 
-_OF_ALL = frozenset({Column.SOURCE, Column.ANSWER, Column.ANSWERS})
-DATA = {  # what packs have, as data/pack.py makes them
+_OF_ALL = frozenset({Column.ANSWER, Column.ANSWERS})
+# What packs have, as data/pack.py makes them. Packs of several sources have SOURCE too: whoever reads it does
+# without where it is not.
+DATA = {
     Kind.CONVERSATIONS: Source("the data, conversations,", gives=_OF_ALL),
     Kind.PAIRS: Source(
         "the data, pairs,",

@@ -1,4 +1,4 @@
-"""Recipe files as trees: YAML in and out, the place of every key, overrides. Knows no section."""
+"""Recipe files as trees: YAML in and out, file and line of every key, overrides."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class AnswerLayout:
     """How groups are laid out in a pack, and what their packs carry.
 
     Attributes:
-        needs: columns of the objective.
+        needs: columns of the objective, and of what fills columns for it.
         head: a scalar head is read at the last row of each answer and needs no labels.
         share_prefix: the prompt is computed once for all its answers.
     """

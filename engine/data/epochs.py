@@ -162,14 +162,13 @@ class StepStatistics:
         packs: in an epoch.
         steps: in an epoch, a partial one included.
         utilisation: share of the rows of the packs that are real tokens.
-        samples, tokens, loss_tokens: mean and standard deviation per step.
+        samples, loss_tokens: mean and standard deviation per step.
     """
 
     packs: int
     steps: int
     utilisation: float
     samples: tuple[float, float]
-    tokens: tuple[float, float]
     loss_tokens: tuple[float, float]
 
 
@@ -192,6 +191,5 @@ def step_statistics(
         steps=steps,
         utilisation=float(lengths[plan.sample_ids].sum() / (n_packs * tokens_per_pack)),
         samples=spread(np.ones_like(lengths)),
-        tokens=spread(lengths),
         loss_tokens=spread(n_loss),
     )

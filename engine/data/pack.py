@@ -158,7 +158,7 @@ def _build(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.device) 
     n_tail = tokens_per_pack - n_real
     tail = [TAIL_ROWS] * (n_tail // TAIL_ROWS) + ([n_tail % TAIL_ROWS] if n_tail % TAIL_ROWS else [])
     prefixes = [piece.prefix for piece in pieces] + [(0, 0)] * len(tail)
-    segments = _segments(np.array(lengths + tail), prefixes, n_real, device)
+    segments = _segments(np.array(lengths + tail), prefixes, device)
     counts_T[[start for start, *_ in segments.bounds]] = 0  # a segment's first token has nothing before it
 
     labels_T = np.full(tokens_per_pack, IGNORE, dtype=np.int64)
@@ -175,9 +175,7 @@ def _build(pieces: Sequence[Piece], tokens_per_pack: int, device: torch.device) 
     )
 
 
-def _segments(
-    rows_S: np.ndarray, prefixes: Sequence[tuple[int, int]], n_real: int, device: torch.device
-) -> Segments:
+def _segments(rows_S: np.ndarray, prefixes: Sequence[tuple[int, int]], device: torch.device) -> Segments:
     """Segments of so many rows, each behind the keys that its prefix names; see `Piece`."""
     shared_S = np.array([n_rows for _, n_rows in prefixes])
     cu_rows = np.concatenate(([0], np.cumsum(rows_S)))
@@ -200,7 +198,6 @@ def _segments(
         max_seqlen_kv=int((rows_S + shared_S).max()),
         positions_T=send(np.arange(int(rows_S.sum())) - np.repeat(starts - shared_S, rows_S), device),
         kv_index=kv_index,
-        n_real=n_real,
         bounds=tuple(
             (*rows, *keys) for rows, keys in zip(pairwise(cu_rows.tolist()), pairwise(cu_keys.tolist()))
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paralign.models.head_read import HeadRead, Quantity
@@ -11,7 +12,8 @@ from paralign.models.head_read import HeadRead, Quantity
 from .next_token import next_token
 from .token_statistics import WORKSPACE_BYTES, token_statistics
 
-_OF_LABELS = {Quantity.LOGPROB, Quantity.ENTROPY, Quantity.DIVERGENCE, Quantity.IS_LIKELIEST}
+_OF_LABELS = {Quantity.LOGPROB, Quantity.IS_LIKELIEST}
+_OF_LOGITS = {*_OF_LABELS, Quantity.ENTROPY, Quantity.DIVERGENCE}
 
 
 def read_head(
@@ -25,17 +27,18 @@ def read_head(
 ) -> dict[Quantity, Tensor]:
     """What `read` asks for, (R,) each; see `token_statistics` and `next_token` for the arguments.
 
-    What is said of labels costs one product of hidden states and weight, and each token that is chosen one more.
+    What is said of a row's logits costs one product of hidden states and weight, each token that is chosen one more.
 
     Raises:
         ValueError: it asks for what this head does not give, or leaves out what that needs.
     """
     given: dict[Quantity, Tensor | None] = {}
-    if read.quantities & _OF_LABELS:
+    if read.quantities & _OF_LOGITS:
+        any_label_R = torch.zeros(hidden_RH.shape[0], dtype=torch.int64, device=hidden_RH.device)
         found = token_statistics(
             hidden_RH,
             weight_VH,
-            read.labels_R,
+            read.labels_R if read.quantities & _OF_LABELS else any_label_R,
             vocab_size=vocab_size,
             reference=read.reference if Quantity.DIVERGENCE in read.quantities else None,
             row_gradient=read.row_gradient_R,

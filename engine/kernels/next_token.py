@@ -13,6 +13,8 @@ from torch import Tensor
 
 from paralign.models.head_read import Sampling
 
+from .library import require
+
 ROW_BYTES = 2**28  # of scores that exist at once, in float64
 
 
@@ -38,7 +40,13 @@ def next_token(
 
     Returns:
         Token ids, the same on every rank of the group.
+
+    Raises:
+        ValueError: there is not one seed for each row.
     """
+    if sampling is not None:
+        one_each = sampling.seeds_R.shape == hidden_RH.shape[:1] and sampling.seeds_R.dtype == torch.int64
+        require("next_token", "int64 seeds (R,), one for each row", one_each, sampling.seeds_R, hidden_RH)
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     first = rank * weight_VH.shape[0]
     real = min(weight_VH.shape[0], max(0, vocab_size - first))

@@ -1,4 +1,4 @@
-"""Rotary embedding of a pack's queries and keys, from the position of each row. Knows no segments.
+"""Rotary embedding of a pack's queries and keys, from the position of each row in its sample.
 
 Shape suffixes: T rows, H query heads, G key heads, D channels a head. Kernel: csrc/rope.cu.
 """

@@ -88,8 +88,8 @@ def token_statistics(
         workspace_bytes: largest block of logits to exist at once.
 
     Returns:
-        Every value but `is_likeliest_R` is differentiable. The gradient for `hidden_RH` is this rank's share: the
-        caller's region function sums it.
+        Every value but `is_likeliest_R` is differentiable; with `row_gradient` the log-probability alone.
+        The gradient for `hidden_RH` is this rank's share: the caller's region function sums it.
 
     Two collectives in all, of 2R floats and of 5R floats, however many chunks there are; with `row_gradient` two for
     each chunk.
@@ -125,6 +125,8 @@ def token_statistics(
     logprob_R, entropy_R, divergence_R, is_likeliest_R = _TokenStatistics.apply(
         hidden_RH, weight_VH, labels_R, chosen_RK, chosen_logprob_RK, vocab_size, group, workspace_bytes
     )
+    if row_gradient is not None:  # however many chunks there are, gradients are the same
+        entropy_R, divergence_R = entropy_R.detach(), divergence_R.detach()
     return TokenStatistics(logprob_R, entropy_R, None if reference is None else divergence_R, is_likeliest_R)
 
 

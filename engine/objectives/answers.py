@@ -1,4 +1,4 @@
-"""What the objectives over answers share: sums over segments, rows of metrics. Has no loss.
+"""What the objectives over answers share: sums over segments, rows of metrics.
 
 Shape suffixes: R rows with a loss, S segments.
 """

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives with a reference model, which columns/reference.py fills in."""
+"""Direct preference optimisation and its relatives. What the reference model says, columns/fillers.py fills in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a step beside an objective's own metrics: curves of sources, entropy, accuracy. Has no loss.
+"""What is measured of a step beside an objective's own metrics: curves of sources, entropy, accuracy.
 
 Shape suffixes: R rows with a loss, S segments of a pack, P pairs, C curves, M metrics.
 """

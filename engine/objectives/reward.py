@@ -39,6 +39,11 @@ class RewardConfig(AnswerSection):
     score_range: tuple[float, float] | None = None
     center_rewards_coefficient: float | None = Field(None, gt=0)
 
+    @property
+    def range_of_scores(self) -> tuple[float, float] | None:
+        """See AnswerSection."""
+        return self.score_range
+
     @model_validator(mode="after")
     def _agree(self) -> RewardConfig:
         if self.alpha and self.score_range is None:

@@ -17,6 +17,11 @@ class AnswerSection(Section):
 
     share_prefix: bool = True
 
+    @property
+    def range_of_scores(self) -> tuple[float, float] | None:
+        """Lowest and highest score in the data, where the objective reads scores."""
+        return None
+
 
 class ReferenceSection(AnswerSection):
     """An objective that compares with a reference model.

@@ -1,4 +1,4 @@
-"""The `observe:` section of a recipe. The rooms beside it do what its keys say."""
+"""The `observe:` section of a recipe: trackers, traces, metrics of tokens."""
 
 from __future__ import annotations
 

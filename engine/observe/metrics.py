@@ -1,4 +1,4 @@
-"""Where a run reports to while it runs: metrics.jsonl and the console. Measures nothing and plots nothing.
+"""Sends the metrics of a run to metrics.jsonl, the console and the trackers, while it runs.
 
 Names: loss, loss/SOURCE where there are several, grad_norm, learning_rate, tokens_per_second (all GPUs),
 tflops_per_gpu, mfu, peak_memory_gb (of the fullest rank), samples, validation/NAME/loss.

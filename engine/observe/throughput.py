@@ -1,4 +1,4 @@
-"""How fast a run is: tokens, FLOPs, the share of the hardware's peak. Is told the FLOPs, knows no model."""
+"""How fast a run is: tokens and FLOPs by the second, from counts that each step tells; the share of the peak."""
 
 from __future__ import annotations
 

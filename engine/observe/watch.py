@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 from typing import TypeVar
 
 from .health import Health
@@ -21,6 +22,9 @@ class Watch:
 
     Attributes:
         log: where words and numbers go.
+
+    Args:
+        facts: what the log shows first.
     """
 
     def __init__(
@@ -31,20 +35,31 @@ class Watch:
         memory: Memory,
         profiler: Profiler,
         own_work: OwnWork,
+        facts: Mapping[str, str],
     ) -> None:
-        self.log = log
+        self.log, self._facts = log, facts
         self._health, self._throughput = health, throughput
         self._memory, self._profiler, self._own_work = memory, profiler, own_work
 
     def __enter__(self) -> Watch:
-        self._memory.start()
-        self._health.__enter__()
+        with ExitStack() as entered:  # what fails here closes what is open
+            entered.callback(self.log.close)
+            entered.callback(self._profiler.stop)
+            self.log.start(self._facts)
+            self._memory.start()
+            entered.enter_context(self._health)
+            self._entered = entered.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._health.__exit__(*error)
-        self._profiler.stop()
-        self.log.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._entered.__exit__(kind, error, trace)
+        except Exception as later:
+            if error is None or later is error:
+                raise
+            error.add_note(f"and at the end of the run: {later!r}")
 
     def stop_agreed(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them. Collective."""
@@ -59,9 +74,11 @@ class Watch:
         """Say that something else than training begins now: it does not count as time of a step."""
         go_on = self._throughput.pause()
         self._health.at(operation, step)
-        yield
-        go_on()
-        self._own_work.restart()
+        try:
+            yield
+        finally:
+            go_on()
+            self._own_work.restart()
 
     def moved(self) -> None:
         """Say that what goes on has come further: whatever takes long and is healthy says so now and then."""

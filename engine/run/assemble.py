@@ -74,8 +74,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         assets = kept_with_the_run(assets, recipe.run_dir / "assets", DTYPES[recipe.model.dtype])
     checkpoints, start = build_checkpoints(report, learner, assets, steps[TRAIN].fingerprint, replay_step)
     watch = build_watch(report, model, stop, start, logs=replay_step is None)
-    runs = backend_of(recipe.model).facts(report.arch, mesh.device, DTYPES[recipe.model.dtype])
-    watch.log.start({**report.facts(), **runs, "start": start.text})
     validation = {name: found for name, found in steps.items() if name != TRAIN}
     return Trainer(
         learner=learner,
@@ -100,7 +98,6 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             on_nonfinite=recipe.train.on_nonfinite,
             counts_tokens="num_tokens" in recipe.observe.token_metrics,
         ),
-        watch=watch,
         generations=Generations(
             model,
             {name: found.loader.cache for name, found in validation.items()},
@@ -113,6 +110,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         )
         if recipe.train.generate_samples and replay_step is None
         else None,
+        watch=watch,
     )
 
 
@@ -341,6 +339,7 @@ def export_is_missing(recipe: Recipe, mesh: Mesh, step: int) -> bool:
 def build_watch(report: CheckReport, model: Model, stop: Stop, start: Start, *, logs: bool) -> Watch:
     """What watches this rank; without `logs` nothing is written of it."""
     recipe, mesh, device = report.recipe, model.mesh, model.mesh.device
+    runs = backend_of(recipe.model).facts(report.arch, device, DTYPES[recipe.model.dtype])
     run_dir = recipe.run_dir
     log = MetricsLog()
     if logs:
@@ -362,4 +361,5 @@ def build_watch(report: CheckReport, model: Model, stop: Stop, start: Start, *, 
         Memory(run_dir, **ranks, place=place),
         Profiler(recipe.observe.profile, run_dir, rank=mesh.rank, device=device),
         OwnWork(layers, gathers=recipe.layout.sequence_parallel, **ranks),
+        {**report.facts(), **runs, "start": start.text},
     )

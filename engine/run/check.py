@@ -32,7 +32,6 @@ from ..data.epochs import Epochs, StepStatistics, step_statistics
 from ..data.tokenizer import largest_id
 from ..files.refused import check_writable
 from ..objectives import AnswerSection, Objective, ReferenceSection, build_objective
-from ..objectives.reward import RewardConfig
 from ..observe.config import check_installed
 from ..observe.metrics import facts_block
 from ..parallel.layout import Layout, layers_of_stage, resolve, stage_rules
@@ -198,16 +197,18 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
     """The tokens of one set, as the objective reads its records."""
     section = recipe.objective
     objective = build_objective(section)
-    share_prefix = section.share_prefix if isinstance(section, AnswerSection) else True
-    layout = AnswerLayout(objective.needs, objective.head, share_prefix)
-    score_range = section.score_range if isinstance(section, RewardConfig) else None
+    share_prefix, range_of_scores = True, None
+    if isinstance(section, AnswerSection):
+        share_prefix, range_of_scores = section.share_prefix, section.range_of_scores
+    needs = objective.needs.union(*(source.needs for source in sources_of_columns(recipe)))
+    layout = AnswerLayout(needs, objective.head, share_prefix)
     return build_or_open(
         recipe.data,
         sources,
         recipe.tokenizer_dir,
         objective.reads,
         layout,
-        score_range,
+        range_of_scores,
         progress=progress,
     )
 

@@ -43,8 +43,10 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
     env = rank_environment()
     world_store: list[Any] = []  # filled once the ranks have met
     try:
-        replay_step, overrides = replay_step_of(arguments[1:])
-        recipe = load(Path(arguments[0]), overrides)
+        replay_step, others = replay_step_of(arguments)
+        if not others:
+            raise RecipeError("no recipe given; expected RECIPE [--replay-step=N] [key.sub=value …]")
+        recipe = load(Path(others[0]), others[1:])
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
         resolve(
             recipe.layout,

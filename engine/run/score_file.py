@@ -72,7 +72,7 @@ def _read(
     tokenizer: Path, data: Path, chat_template: ChatTemplate, tokens_per_pack: int
 ) -> tuple[list[int], list[Group]]:
     """Each conversation as one answer to its first token: a reward is read at its end."""
-    source = SourceConfig(path=data, name=data.stem, format="auto")
+    source = SourceConfig(path=data, name="scored", format="auto")  # no curve will bear it
     renderer = Rendering(tokenizer, template_text(chat_template), "all").open()
     reading = record_format(source)
     lines: list[int] = []

@@ -1,4 +1,4 @@
-"""The loop: steps, evaluation, checkpoints, exports, in a straight line. Knows one learner."""
+"""The loop: steps, evaluation, checkpoints, exports, each when the recipe says."""
 
 from __future__ import annotations
 

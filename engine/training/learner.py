@@ -1,4 +1,4 @@
-"""One model that learns: what a step measures, and the update that follows. Knows no data set and no file."""
+"""One model that learns: gradients and metrics of a batch, and the update that follows."""
 
 from __future__ import annotations
 

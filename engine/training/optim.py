@@ -193,10 +193,21 @@ class Optimizer:
                 part.optimizer.factor = clip_factor(squares, self.config.clip_grad)
             elif self.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_grad, norm)
+        self._gather_again()
         self.megatron.step_with_ready_grads()
         if self.config.optimizer_cpu_offload and squares.is_cuda:
             torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments on the host
         return UpdateResult(norm, updated=True)
+
+    def _gather_again(self) -> None:
+        """With `overlap_param_gather`: let the next forward pass gather the weights that are about to change.
+
+        Megatron forgets at the end of a backward pass that they were gathered. Whoever gathers them between that and
+        the update, as `Model.synchronize` does, would make the next step train on the shards of the one before.
+        """
+        for chunk in self.chunks:
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.param_gather_dispatched = False
 
     def _squared_norm(self) -> Tensor:
         """Σ g² over all ranks, float64: one pass over the shards, and the host waits once, not for each of them."""

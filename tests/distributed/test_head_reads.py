@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paralign.engine.batch import Column, PackedBatch
+from paralign.engine.batch import IGNORE, Column, PackedBatch
 from paralign.engine.config.model import ModelConfig
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.kernels.head import read_head
@@ -21,6 +22,7 @@ from paralign.engine.parallel.mesh import open_mesh
 from paralign.engine.training.model import Model
 from paralign.models import arch_from_hf
 from paralign.models.head_read import HeadRead, Quantity, Sampling
+from paralign.models.heads import ScalarHead
 
 from .pool import RankPool
 from .reference import make_samples, tiny_model
@@ -99,6 +101,22 @@ def test_a_temperature_that_no_softmax_has_is_refused(temperature: float) -> Non
         Sampling(torch.arange(1), temperature)
 
 
+@pytest.mark.parametrize(
+    "seeds", [torch.arange(1), torch.arange(5), torch.arange(3.0), torch.ones(3, 1).long()]
+)
+def test_seeds_that_are_not_one_for_each_row_are_refused(seeds: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"next_token: int64 seeds \(R,\), one for each row; got "):
+        next_token(torch.zeros(3, 4), torch.zeros(8, 4), vocab_size=8, sampling=Sampling(seeds))
+
+
+def test_labels_are_not_read_where_nothing_is_about_them() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(8, 4)
+    read = HeadRead(frozenset({Quantity.ENTROPY}), torch.arange(3), torch.full((3,), IGNORE))
+    found = read_head(hidden, weight, read, vocab_size=8)[Quantity.ENTROPY]
+    logprobs = (hidden @ weight.t()).log_softmax(-1)
+    torch.testing.assert_close(found, -(logprobs.exp() * logprobs).sum(-1))
+
+
 def test_noise_is_of_seed_and_token_alone() -> None:
     ids, seeds = torch.arange(1000), torch.tensor([5, 2**62, -1])
     noise = gumbel(seeds, ids)
@@ -116,3 +134,13 @@ def test_what_the_head_does_not_give_is_an_error() -> None:
     for quantity in (Quantity.VALUE, Quantity.SAMPLED, Quantity.DIVERGENCE):
         with pytest.raises(ValueError, match=f"asked for the {quantity.value}; it gives no value"):
             read_head(hidden, weight, replace(read, quantities=frozenset({quantity})), vocab_size=8)
+    config = SimpleNamespace(sequence_parallel=False, params_dtype=torch.float32)
+    scalar, of_values = (
+        ScalarHead(config, 4, tp_group=None),
+        replace(read, quantities=frozenset({Quantity.VALUE})),
+    )
+    assert scalar(hidden[:, None], of_values).keys() == of_values.quantities
+    with pytest.raises(
+        ValueError, match=r"a scalar head was asked for the log-prob.*; it gives the value alone"
+    ):
+        scalar(hidden[:, None], read)

@@ -47,8 +47,9 @@ def _bits(model: Model, optimizer: Optimizer) -> list[Tensor]:
 
 def lend_between_steps(
     rank: int, world_size: int, keys: dict[str, Any], dtype: str, family: str
-) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of three steps: undisturbed, and with the place lent after each of them."""
+) -> list[list[float]]:
+    """Losses and gradient norms of three steps: undisturbed, with the place lent after each of them, and between its
+    gradients and its update."""
     config = tiny_model(family).config
     arch = arch_from_hf(config.to_dict() | {"architectures": [type(tiny_model(family)).__name__]})
     layout = resolve(
@@ -64,7 +65,7 @@ def lend_between_steps(
         other = Model.open(arch, mesh, section, others)
         rewards = random_weights(arch.with_scalar_head(), seed=3, dtype=DTYPES[dtype], device=mesh.device)
         scorer = Model.open(arch.with_scalar_head(), mesh, section, rewards)
-        for lends in (False, True):
+        for lends in ("never", "after", "between"):
             model = Model.open(arch, mesh, section, ours)
             model.prepare_to_train()
             optimizer = Optimizer(model.chunks, SETTINGS, layout, DTYPES[dtype])
@@ -73,12 +74,14 @@ def lend_between_steps(
                 optimizer.zero_grad()
                 batch = step_batch(case, mesh)
                 seen += run_step(model, batch, objective, train=True)[0].tolist()
+                if lends == "between":
+                    _lend(model, other, optimizer, others, batch)
                 seen.append(optimizer.step(1e-2).grad_norm)
-                if lends:
+                if lends == "after":
                     _lend(model, other, optimizer, others, batch)
                     _lend_to_a_scorer(model, scorer, optimizer, rewards, batch)
             told.append(seen)
-    return told[0], told[1]
+    return told
 
 
 def _lend(model: Model, other: Model, optimizer: Optimizer, read: Any, batch: Any) -> None:
@@ -119,8 +122,11 @@ def _lend_to_a_scorer(model: Model, scorer: Model, optimizer: Optimizer, read: A
 )
 def test_the_next_step_is_that_of_a_model_that_lent_nothing(name: str, ranks: RankPool) -> None:
     world_size, keys, dtype, family = CASES[name]
-    for undisturbed, lent in ranks.run(world_size, lend_between_steps, keys, dtype, family):
-        assert lent == undisturbed
+    for undisturbed, lent_after, lent_between in ranks.run(
+        world_size, lend_between_steps, keys, dtype, family
+    ):
+        assert lent_after == undisturbed
+        assert lent_between == undisturbed
 
 
 def buckets_of(

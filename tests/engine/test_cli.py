@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from paralign import __version__
 from paralign.engine.cli import app, main
+from paralign.engine.kernels import library
 from paralign.engine.processes import launch
 from paralign.models.errors import LayoutError
 
@@ -44,6 +45,17 @@ def test_train_checks_first_and_starts_one_copy_of_the_model(
 def test_bad_input_ends_before_any_rank_starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "run_local", lambda *_: pytest.fail("a rank was started"))
     assert isinstance(run("train", "recipe.yaml", "--nproc", "3").exception, LayoutError)
+
+
+def test_kernels_that_are_required_are_there_before_any_rank_starts(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "run_local", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr(library, "LIBRARY", project / "no.so")
+    library.find_library.cache_clear()
+    refused = run("train", "recipe.yaml", "model.kernels=required").exception
+    library.find_library.cache_clear()
+    assert "model.kernels: required, but they are not built" in str(refused)
 
 
 def test_train_refuses_to_nest(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def test_a_model_that_the_backend_has_no_part_for_is_refused_at_the_check() -> N
     arch = replace(arch_from_hf(config_keys()), alibi=True)
     section = ModelConfig(hf=Path(), dtype="bf16", attention_backend="varlen")
     with pytest.raises(RecipeError, match="varlen takes no ALiBi slopes; or set it to auto"):
+        check_backend(section, arch)
+    for backend in ("flash", "varlen"):
+        section = ModelConfig(hf=Path(), dtype="fp32", attention_backend=backend)
+        with pytest.raises(RecipeError, match=f"{backend} runs in bf16, and model.dtype is fp32; set"):
+            check_backend(section, replace(arch, alibi=False))
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_check_looks_for_required_kernels_where_a_gpu_is(
+    not_built: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    """A login node need not have what the nodes have that train."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    section, arch = ModelConfig(hf=Path(), dtype="bf16", kernels="required"), arch_from_hf(config_keys())
+    with pytest.raises(RecipeError, match="required, but they are not built") if gpus else nullcontext():
         check_backend(section, arch)
 
 

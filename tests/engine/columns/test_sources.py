@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from paralign.engine.batch import Column
 from paralign.engine.columns.sources import BASELINE, REFERENCE, Source, in_order
+from paralign.engine.columns.sources import DATA as DATA_OF_KINDS
+from paralign.engine.data.epochs import Share
+from paralign.engine.data.loader import PackLoader
 from paralign.engine.objectives.sft import SFT
-from paralign.engine.run.check import check, sources_of_columns
+from paralign.engine.run import check as module
+from paralign.engine.run.check import check, open_set, sources_of_columns
 from paralign.engine.run.recipe import load
 from paralign.models.errors import RecipeError
 
@@ -63,6 +70,25 @@ def test_a_circle_is_refused() -> None:
 )
 def test_what_recipes_come_to(project: Path, objective: str, expected: list[Source]) -> None:
     assert sources_of_columns(load(Path("recipe.yaml"), [f"objective={objective}"])) == expected
+
+
+def test_no_source_is_promised_where_data_have_one_only() -> None:
+    for data in DATA_OF_KINDS.values():
+        with pytest.raises(RecipeError, match="needs column source, which nothing gives"):
+            in_order({Column.SOURCE}, data, [])
+
+
+def test_packs_have_what_a_chosen_filler_needs_of_the_data(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"prompt": "hi", "chosen": "yo yo", "rejected": "yo", "margin": 2.5}
+    (project / "train.jsonl").write_text(json.dumps(pair) + "\n")
+    recipe = load(Path("recipe.yaml"), ["objective={name: dpo, beta: 0.1}"])
+    monkeypatch.setattr(module, "REFERENCE", replace(REFERENCE, needs=frozenset({Column.MARGIN})))
+    cache = open_set(recipe, recipe.data.train, progress=False)
+    share, cpu = Share(0, 1, 1), torch.device("cpu")
+    step = PackLoader(cache, global_batch_size=1, seed=1, share=share, device=cpu).step(0)
+    assert step.micro_batches[0].columns[Column.MARGIN].tolist() == [2.5]
 
 
 def test_check_refuses_before_anything_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

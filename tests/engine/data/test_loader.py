@@ -39,8 +39,8 @@ def loader(cache: TokenCache, dp_rank: int = 0, dp_size: int = 1, multiple: int 
 
 
 def samples_of(batch: PackedBatch) -> list[tuple[int, ...]]:
-    n_real = batch.segments.n_real
-    return [tuple(batch.tokens_T[a:b].tolist()) for a, b, _, _ in batch.segments.bounds if b <= n_real]
+    n_samples = len(batch.columns[Column.ANSWERS])
+    return [tuple(batch.tokens_T[a:b].tolist()) for a, b, _, _ in batch.segments.bounds[:n_samples]]
 
 
 def test_a_row_predicts_the_next_token_of_its_own_sample_where_that_is_learned():
@@ -55,7 +55,6 @@ def test_a_row_predicts_the_next_token_of_its_own_sample_where_that_is_learned()
     assert batch.segments.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert batch.segments.cu_seqlens_q.tolist() == [0, 3, 5, 8]
     assert batch.segments.bounds == ((0, 3, 0, 3), (3, 5, 3, 5), (5, 8, 5, 8))
-    assert batch.segments.n_real == 5
     assert batch.segments.max_seqlen_q == batch.segments.max_seqlen_kv == 3
     assert batch.segments.qkv_format == "sbhd"
     assert batch.segments.kv_index is None
@@ -71,7 +70,6 @@ def test_the_tail_is_short_segments_without_loss(n_real: int):
     cu_seqlens = batch.segments.cu_seqlens_q
     assert cu_seqlens[-1] == 300
     assert [b for _, b, _, _ in batch.segments.bounds] == cu_seqlens[1:].tolist()
-    assert batch.segments.n_real == n_real
     tail = cu_seqlens.diff()[len(samples) :]
     assert tail.sum() == 300 - n_real
     assert (tail <= TAIL_ROWS).all()
@@ -121,7 +119,7 @@ def test_counts_are_those_of_the_tensors(cache: TokenCache):
         packs = step.micro_batches
         assert step.counts[Unit.TOKEN] == sum(len(batch.loss_rows) for batch in packs)
         assert step.counts[Unit.SAMPLE] == step.n_samples == sum(len(samples_of(batch)) for batch in packs)
-        assert step.n_tokens == sum(batch.segments.n_real for batch in packs)
+        assert step.n_tokens == sum(len(sample) for batch in packs for sample in samples_of(batch))
         assert step.n_samples == len(step.sample_ids)
 
 
@@ -167,8 +165,8 @@ def test_a_segment_knows_its_source_where_there_are_several(
     for batch in loader(several).step(0).micro_batches:
         sources = batch.columns[Column.SOURCE].tolist()
         assert len(sources) == len(batch.segments.bounds)
+        assert [source != NO_SOURCE for source in sources] == (batch.columns[Column.ANSWER] >= 0).tolist()
         for source, (start, end, _, _) in zip(sources, batch.segments.bounds):
-            assert (source == NO_SOURCE) == (end > batch.segments.n_real)
             found.append((source, tuple(batch.tokens_T[start:end].tolist())))
     texts = {source: {tokens for s, tokens in found if s == source} for source in (0, 1)}
     assert all(len(tokens) == 1 for tokens in texts.values())

@@ -201,6 +201,16 @@ def test_a_known_gradient_goes_unused_without_a_buffer_or_without_a_backward_pas
     assert not weight.main_grad.any()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("workspace_bytes", [2**20, TWO_ROWS], ids=["whole", "chunks"])
+def test_gradients_flow_through_nothing_but_what_is_known(workspace_bytes: int) -> None:
+    hidden, weight, labels, reference = make()
+    options = {"vocab_size": VOCABULARY, "row_gradient": -torch.ones(5), "workspace_bytes": workspace_bytes}
+    for asked in ({}, {"reference": reference}):
+        found = token_statistics(hidden, with_main_grad(weight), labels, **options, **asked)
+        assert found.logprob_R.requires_grad
+        assert not any(values.requires_grad for values in found[1:] if values is not None)
+
+
 def test_another_gradient_than_the_known_one_is_an_error() -> None:
     hidden, weight, labels, _ = make()
     logprobs = token_statistics(

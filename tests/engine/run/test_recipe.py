@@ -26,7 +26,7 @@ def golden(recipe: Path) -> Path:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_resolves_to_its_golden_file(path: Path) -> None:
-    """To renew them: RENEW_GOLDEN=1 pytest tests/engine/test_recipe.py, then read the difference."""
+    """To renew them: RENEW_GOLDEN=1 pytest tests/engine/run/test_recipe.py, then read the difference."""
     resolved = dump(load(path))
     if os.environ.get("RENEW_GOLDEN"):
         golden(path).write_text(resolved)
