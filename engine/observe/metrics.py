@@ -146,6 +146,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def logged_step(run_dir: Path, step: int) -> dict[str, float | None] | None:
+    """What a run logged of a training step, the last time that it was done; None if nothing."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return None
+    lines = [line for line in read_metrics(run_dir) if line["step"] == step and "grad_norm" in line]
+    return lines[-1] if lines else None
+
+
 class ConsoleLog:
     """A live bar on a terminal; elsewhere, one plain line for each report."""
 

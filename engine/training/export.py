@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from paralign.models.errors import TrainingError
+
 from ..checkpoint.hf import Assets, StageWriter, copy_assets, finish_export, shard_plan
 from ..files.whole_file import replace_directory
 from ..parallel.layout import stage_rules
 from .model import Model
+from .soundness import not_finite, told
 
 
 def export_hf(
@@ -23,8 +26,17 @@ def export_hf(
 
     Args:
         assets: config and tokenizer that belong to the model.
+
+    Raises:
+        TrainingError: a weight is not finite in `dtype`; an older directory stays.
     """
     mesh = model.mesh
+    if found := not_finite(model, dtype):
+        raise TrainingError(
+            f"{directory}: not written, since weights are not finite in {str(dtype).removeprefix('torch.')}: "
+            f"{told(found)}; convert the newest checkpoint that is sound, or, where float16 is too narrow, set "
+            "checkpoint.export_dtype: bf16 and start the run again"
+        )
     plan = shard_plan(stage_rules(mesh.layout, model.arch), dtype=dtype, max_shard_bytes=max_shard_bytes)
     partial = directory.with_name(f"{directory.name}.part")
     if mesh.is_main:
