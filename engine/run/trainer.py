@@ -83,6 +83,13 @@ class Trainer:
                 steps left out: the weights are those before that step, and saved. Weights that are not finite, or
                 copies of one that differ: nothing is saved.
         """
+        try:
+            return self._to_the_end()
+        except TrainingError:  # on all ranks alike
+            self.checkpoints.finish()  # one that is being written is from before
+            raise
+
+    def _to_the_end(self) -> bool:
         course, measured = self.course, dict[str, float]()
         if course.export_missing:
             self.write_weights(f"iter_{course.first_step:07d}")
@@ -163,7 +170,6 @@ class Trainer:
             return False
         self.watch.log.log(step, {**values, "skipped": 1.0})  # for --replay-step to compare with
         self.save(step, {})
-        self.checkpoints.finish()
         if action == "skip":
             allowed = f"{self.skipped} steps in a row were skipped, as many as train.max_skipped_steps allows"
             message = f"{allowed}; the last was {message}"

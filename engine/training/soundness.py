@@ -79,14 +79,12 @@ def _faults(rule: Rule, shard: Tensor, tp: Axis) -> Iterator[tuple[str, str]]:
     shares[0 if rule.split is None else tp.rank] = shard
     found = False
     for name, tensor in rule.join(shares).items():
-        places = (~torch.isfinite(tensor)).nonzero()
-        if len(places):
+        bad = ~torch.isfinite(tensor)
+        if count := int(bad.sum()):
             found = True
-            value = tensor[tuple(places[0])].item()
-            yield (
-                name,
-                f"{len(places):,} of {tensor.numel():,} numbers, the first {value} at {places[0].tolist()}",
-            )
+            first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
+            place, value = [int(index) for index in first], tensor[first].item()
+            yield name, f"{count:,} of {tensor.numel():,} numbers, the first {value} at {place}"
     if not found:
         yield rule.native, "in rows that pad the vocabulary"
 
