@@ -80,7 +80,10 @@ def spoil_weight(step: int, rank: int, model: Any, sums: Any, at: int) -> None:
     ("n", "layout", "dtype", "name", "victim", "words"),
     [
         (2, {}, "fp32", MATRIX, 1, r"ranks 0 \(.*\), 1 \(.*\) hold copies that differ, and nothing tells"),
-        (2, {}, "bf16", MATRIX, 0, r"the copy of rank 0 \(.*\) is wrong in 1 numbers, by the .* main weights"),
+        pytest.param(
+            2, {}, "bf16", MATRIX, 0, r"the copy of rank 0 \(.*\) is wrong in 1 numbers, by the .* main weights",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             2, {}, "bf16", MATRIX, 1, r"the copy of rank 1 \(.*\) is wrong in 1 numbers", marks=pytest.mark.slow
         ),
