@@ -224,7 +224,7 @@ class Trainer:
         window = self.spikes.window if self.spikes else ()
         with self.watch.aside("saving a checkpoint", done):
             self._refuse_unsound(done)
-            self.checkpoints.save(Progress(done, self.train.fingerprint, measured, window))
+            self.checkpoints.save(Progress(done, self.train.fingerprint, measured, window=window))
 
     def write_weights(self, name: str) -> None:
         """Export the model as it is."""

@@ -1,6 +1,6 @@
 """Whether a model's weights can be right: all of them finite, and the copies of one weight equal to the bit.
 
-Both tests read the weights once and wait for the device once. What is wrong is looked for only after that.
+Both tests read the weights once. What is wrong is looked for only after that.
 """
 
 from __future__ import annotations
