@@ -98,7 +98,7 @@ def test_the_sample_that_spoilt_a_step_is_found(
 
 
 def test_a_fault_that_came_only_once_is_called_so(toy: Path, ranks: RankPool) -> None:
-    settings = QUIET | {"train__max_steps": 2, "train__on_nonfinite": "skip", "train__global_batch_size": 2}
+    settings = QUIET | {"train__max_steps": 3, "train__on_nonfinite": "skip", "train__global_batch_size": 2}
     recipe = write_recipe(toy, "once", {}, **settings)
     ranks.run(1, harmed, recipe, spoil_gradient, [1])
     ranks.run(1, replay_recipe, recipe, 1)
