@@ -128,7 +128,7 @@ class StepBatch:
         place: where a sample was read, `file:line`, by its id.
         pack_samples: for each of these packs the ids of its samples.
         mismatched: packs of this rank in which prompts are followed by other prompts' answers, where the
-            objective needs a baseline from them.
+            objective needs a baseline from them; on no rank where the step has one prompt only.
     """
 
     micro_batches: Sequence[PackedBatch]

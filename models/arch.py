@@ -112,6 +112,10 @@ def read_arch(config: Mapping[str, Any], *, family: str, qkv_bias: bool = False,
     refuse_unless(config, "hidden_act", "silu")
     refuse_unless(config, "partial_rotary_factor", 1.0)
     refuse_unless(config, "quantization_config", None, remedy="give the unquantised weights")
+    # The only dropout that transformers' classes of these families know; it acts in training alone.
+    refuse_unless(
+        config, "attention_dropout", 0, remedy="write 0 there: the weights and what they predict are the same"
+    )
     hidden_size = _whole(config, "hidden_size")
     heads = _whole(config, "num_attention_heads")
     groups = _whole(config, "num_key_value_heads", default=heads)

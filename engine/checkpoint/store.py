@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -38,12 +38,14 @@ class Progress:
         data: fingerprint of samples and packing: the same samples follow only if it is the same.
         metrics: of the last evaluation.
         manifest: the checkpoint has a manifest of its files; those of older versions have none.
+        window: what spikes are told by, see `observe/spikes.py`.
     """
 
     step: int
     data: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     manifest: bool = False
+    window: Sequence[Sequence[float]] = field(default_factory=list)
 
 
 def directory_of(root: Path, step: int) -> Path:

@@ -37,9 +37,8 @@ class KeptReference:
     def fill(self, batch: StepBatch) -> None:
         """See Filler."""
         for packs in (batch.micro_batches, batch.mismatched):
-            if packs:
-                for pack, logprob_S in zip(packs, self._reference.read(packs, LOGPROBS, answer_logprob)):
-                    pack.columns = {**pack.columns, Column.REF_LOGPROB: logprob_S}
+            for pack, logprob_S in zip(packs, self._reference.read(packs, LOGPROBS, answer_logprob)):
+                pack.columns = {**pack.columns, Column.REF_LOGPROB: logprob_S}
 
 
 class StoredReference:
@@ -72,7 +71,7 @@ def put_reference(packs: Sequence[PackedBatch], values_N: Tensor) -> None:
 
 
 class Baseline:
-    """max(0, mean of log π/π_ref over the step's mismatched answers), by the policy as it is."""
+    """max(0, mean of log π/π_ref over the step's mismatched answers), by the policy as it is; 0 if there are none."""
 
     source = BASELINE
 

@@ -97,7 +97,8 @@ def read_or_score(
         values, mismatched = _stored(path, mine, mesh, partial(score_all, loader)), None
         if loader.needs_mismatched:
             n_steps = total_steps if name == "train" else loader.epochs.first_step(1)
-            key = hashlib.sha256(f"{loader.fingerprint} {n_steps}".encode()).hexdigest()[:16]
+            # Which answers are mismatched is part of the name: files of the rule before this one are other numbers.
+            key = hashlib.sha256(f"{loader.fingerprint} {n_steps} by prompt".encode()).hexdigest()[:16]
             path = directory / f"mismatched-{mine.weights[:16]}-{key}.npz"
             mismatched = _stored(path, mine, mesh, partial(score_mismatched, loader, n_steps))
         on_device = [None if v is None else torch.from_numpy(v).to(mesh.device) for v in (values, mismatched)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -54,9 +55,10 @@ class OptimizerConfig(Section):
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Steps of warm-up; a fraction is rounded up."""
+    """Steps of warm-up; a fraction is the number that the recipe writes, and is rounded up to whole steps."""
     if config.lr_warmup_fraction is not None:
-        return math.ceil(config.lr_warmup_fraction * total_steps)
+        # In floating point 0.07 of 100 steps is a little more than 7, and would be 8.
+        return math.ceil(Fraction(repr(config.lr_warmup_fraction)) * total_steps)
     return config.lr_warmup_steps or 0
 
 

@@ -5,6 +5,7 @@ A chat is a prompt of one token with one answer: nothing stands before its first
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -84,12 +85,21 @@ CHATS = AnswerLayout(frozenset(), Head.LM, share_prefix=True)
 
 
 def mismatch(groups: Sequence[Group], tokens_per_pack: int, layout: AnswerLayout) -> list[Group]:
-    """The prompts of a step, each followed by as many answers of the group before it (the last before the first).
+    """The prompts of a step, each followed by as many answers of the prompt before it (the last before the first).
 
-    An answer keeps the id of the one whose place it takes. What does not fit a pack is cut.
+    All answers to one prompt count as that prompt's, whether they share a group or not. Prompts stand in the order
+    of a digest of their tokens, answers in that of their ids: so the same answers are mismatched alike in any
+    packing, and what is neighbours in a file is not so here. An answer keeps the id of the one whose place it
+    takes. What does not fit a pack is cut.
+
+    Returns:
+        No group where the step has one prompt only: there is no other's answer.
     """
+    by_prompt = _one_group_a_prompt(groups)
+    if len(by_prompt) < 2:
+        return []
     made = []
-    for group, previous in zip(groups, [*groups[-1:], *groups[:-1]]):
+    for group, previous in zip(by_prompt, [*by_prompt[-1:], *by_prompt[:-1]]):
         n_others = len(previous.answers)
         answers = [
             replace(previous.answers[k % n_others], id=answer.id) for k, answer in enumerate(group.answers)
@@ -104,6 +114,18 @@ def mismatch(groups: Sequence[Group], tokens_per_pack: int, layout: AnswerLayout
             for a in answers
         ]
     return made
+
+
+def _one_group_a_prompt(groups: Sequence[Group]) -> list[Group]:
+    """The groups with all answers to a prompt in one, in an order that only prompts and ids decide."""
+    found: dict[bytes, list[Group]] = {}
+    for group in groups:
+        digest = hashlib.blake2b(group.prompt.astype("<i8").tobytes(), digest_size=16).digest()
+        found.setdefault(digest, []).append(group)
+    return [
+        Group(same[0].prompt, tuple(sorted((a for group in same for a in group.answers), key=lambda a: a.id)))
+        for _, same in sorted(found.items())
+    ]
 
 
 def rows_of(group: Group, layout: AnswerLayout) -> int:

@@ -113,13 +113,15 @@ class PackLoader:
         return self._before[step]
 
     def mismatched(self, step: int) -> list[PackedBatch]:
-        """This rank's packs of the step's prompts, each with the answers of the one before it in the step.
+        """This rank's packs of the step's prompts, each with the answers of another; see `answers.mismatch`.
 
-        `ANSWER` counts the answers of all steps.
+        `ANSWER` counts the answers of all steps. No pack on any rank where the step has one prompt only.
         """
         layout = self.cache.layout
         ids = np.concatenate(self._packs_of(step))
         groups = mismatch([self.cache.group(i) for i in ids.tolist()], self._tokens_per_pack, layout)
+        if not groups:
+            return []
         groups = _numbered(groups, self.answers_before(step))
         rows = np.array([rows_of(group, layout) for group in groups])
         plan = plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=step)

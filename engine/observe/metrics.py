@@ -62,6 +62,7 @@ class MetricsLog:
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
+        self._noted: set[str] = set()
 
     @classmethod
     def for_rank(
@@ -109,6 +110,12 @@ class MetricsLog:
         for sink in self._sinks:
             with _naming(sink.place):
                 sink.note(step, text)
+
+    def note_once(self, what: str, step: int, text: str) -> None:
+        """`note`, unless something under this name was noted before."""
+        if what not in self._noted:
+            self._noted.add(what)
+            self.note(step, text)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -166,6 +173,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [line.values for line in read_lines(path) if line.values is not None]
     except OSError as error:
         raise ParalignError(f"{path}: {error.strerror}; expected the directory of a run") from None
+
+
+def logged_step(run_dir: Path, step: int) -> dict[str, float | None] | None:
+    """What a run logged of a training step, the last time that it was done; None if nothing."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return None
+    lines = [line for line in read_metrics(run_dir) if line["step"] == step and "grad_norm" in line]
+    return lines[-1] if lines else None
 
 
 class ConsoleLog:

@@ -14,7 +14,7 @@ import torch
 
 from paralign.models import FAMILIES, scoring_class
 from paralign.models.arch import Arch
-from paralign.models.errors import CheckpointError, RecipeError
+from paralign.models.errors import CheckpointError, RecipeError, WeightsError
 
 from ..backends import backend_of
 from ..batch import Kind
@@ -49,12 +49,15 @@ from ..training.export import export_hf
 from ..training.learner import Learner
 from ..training.model import Model
 from ..training.optim import Optimizer
+from ..training.soundness import refuse_not_finite
 from ..training.state import NativeCheckpoints, broken, set_broken_aside
 from .check import CheckReport, sources_of_columns
+from .judge import Judge
 from .recipe import Recipe, dump
 from .trainer import Course, Trainer
 
 TRAIN = "train"
+BAD_FILES = "get the files anew, or give weights that are finite"
 
 
 def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int | None = None) -> Trainer:
@@ -67,12 +70,17 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
     recipe = report.recipe
     read = weights_to_start_from(recipe, report.arch, mesh)
     model = Model.open(report.arch, mesh, recipe.model, read)
+    if replay_step is None:  # a replay says where the fault is
+        refuse_not_finite(model, recipe.model.hf, BAD_FILES, WeightsError)
     steps = build_steps(report, model, read)  # other models are read before this one is wrapped to train
     learner = build_learner(report, model)
     assets = assets_to_hand_on(report)
     if mesh.is_main and replay_step is None:
         assets = kept_with_the_run(assets, recipe.run_dir / "assets", DTYPES[recipe.model.dtype])
     checkpoints, start = build_checkpoints(report, learner, assets, steps[TRAIN].fingerprint, replay_step)
+    if replay_step is None and start.newest is not None:
+        remedy = "remove that checkpoint, and the run goes on from the one before it"
+        refuse_not_finite(model, start.newest, remedy, CheckpointError)
     watch = build_watch(report, model, stop, start, logs=replay_step is None)
     validation = {name: found for name, found in steps.items() if name != TRAIN}
     return Trainer(
@@ -95,7 +103,7 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
             evaluate=recipe.train.eval_every_steps,
             export=recipe.checkpoint.export_every_steps,
             export_missing=replay_step is None and export_is_missing(recipe, mesh, start.step),
-            on_nonfinite=recipe.train.on_nonfinite,
+            compare_copies=recipe.train.check_replicas_every_steps,
             counts_tokens="num_tokens" in recipe.observe.token_metrics,
         ),
         generations=Generations(
@@ -111,6 +119,13 @@ def build_trainer(report: CheckReport, mesh: Mesh, stop: Stop, replay_step: int 
         if recipe.train.generate_samples and replay_step is None
         else None,
         watch=watch,
+        judge=Judge(
+            mesh,
+            on_nonfinite=recipe.train.on_nonfinite,
+            max_skipped=recipe.train.max_skipped_steps,
+            spike=recipe.train.spike,
+            window=start.window,
+        ),
     )
 
 
@@ -178,8 +193,9 @@ def reference_fillers(
         check_share(reader, policy.mesh.rank, policy.mesh.world_size)
         read_reference = reader.read
     if section.reference == "online":
-        kept = KeptReference(Model.open(arch, policy.mesh, recipe.model, read_reference))
-        return dict.fromkeys(loaders, kept)
+        reference = Model.open(arch, policy.mesh, recipe.model, read_reference)
+        refuse_not_finite(reference, directory, BAD_FILES, WeightsError)
+        return dict.fromkeys(loaders, KeptReference(reference))
     template = template_text(recipe.data.chat_template) or "tokenizer"
     dtype = str(DTYPES[recipe.model.dtype])
     if recipe.model.init == "random" and not other:
@@ -190,6 +206,7 @@ def reference_fillers(
 
     def score(steps: Any, n_answers: int) -> Any:
         with policy.lent(read_reference) if other else nullcontext():
+            refuse_not_finite(policy, directory, BAD_FILES, WeightsError)
             return score_answers(policy, steps, n_answers)
 
     return read_or_score(loaders, made_by, policy.mesh, score, total_steps=report.total_steps)
@@ -251,6 +268,7 @@ class Start:
         passed_over: names of those that are not finished.
         broken: newer ones that are not as they were written, and why.
         checked: its files are as they were written; those of older versions have no checksums.
+        window: of `Spikes`, as that checkpoint has it.
     """
 
     step: int
@@ -258,6 +276,7 @@ class Start:
     passed_over: Sequence[str]
     broken: Sequence[str] = ()
     checked: bool = True
+    window: Sequence[Sequence[float]] = ()
 
     @property
     def text(self) -> str:
@@ -299,7 +318,9 @@ def build_checkpoints(
             "would be skipped or seen twice; restore data, tokens_per_pack, global_batch_size and seed, or "
             "start a new run_dir from the export"
         )
-    return checkpoints, Start(progress.step, newest, left, set_aside, checked=progress.manifest)
+    return checkpoints, Start(
+        progress.step, newest, left, set_aside, checked=progress.manifest, window=progress.window
+    )
 
 
 def newest_whole(found: Sequence[Path], mesh: Mesh, *, set_aside: bool) -> tuple[Path, list[str]]:

@@ -155,6 +155,7 @@ def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int 
 def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
     from rich.console import Console
 
+    from ..observe.metrics import logged_step
     from .replay import replay, show
 
     console = Console(highlight=False, soft_wrap=True)
@@ -164,7 +165,7 @@ def _replay(trainer: Trainer, step: int, run_dir: Path) -> None:
         console.print(f"from {start}; {step - first_step} steps to do again")
     found = replay(trainer, step)
     if is_main:
-        show(found, run_dir / "replay" / f"step_{step:07d}.json", console)
+        show(found, logged_step(run_dir, step), run_dir / "replay" / f"step_{step:07d}.json", console)
 
 
 @contextmanager

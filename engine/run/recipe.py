@@ -19,6 +19,7 @@ from ..config.recipe_file import apply_overrides, dump_yaml, load_recipe_file
 from ..data.config import DataConfig
 from ..objectives import OBJECTIVES, AnswerSection, ObjectiveConfig
 from ..observe.config import ObserveConfig
+from ..observe.spikes import SpikeConfig
 from ..parallel.layout import LayoutConfig
 
 
@@ -36,6 +37,10 @@ class TrainConfig(Section):
         generate_max_tokens: greatest length of these answers; each token costs a forward pass over one pack.
         on_nonfinite: what a gradient norm that is not finite does: `stop` saves and ends the run, `skip` leaves
             the step out; both name its samples.
+        max_skipped_steps: so many steps left out in a row, whatever for, end the run.
+        spike: the section of losses and gradient norms that stand out; null watches none.
+        check_replicas_every_steps: steps between comparisons of all copies of each weight; one that differs ends
+            the run, and weight and ranks are named; null compares none.
         stall_timeout_minutes: a rank that does not move for so long ends the run, and is named.
     """
 
@@ -48,6 +53,9 @@ class TrainConfig(Section):
     generate_samples: int = Field(0, ge=0)
     generate_max_tokens: int = Field(64, ge=1)
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: int = Field(10, ge=1)
+    spike: SpikeConfig | None = SpikeConfig()
+    check_replicas_every_steps: int | None = Field(None, ge=1)
     stall_timeout_minutes: float = Field(20, gt=0)
 
     @model_validator(mode="after")

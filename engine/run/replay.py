@@ -1,4 +1,4 @@
-"""Reruns one step, and reports which pack and which sample caused its loss or gradient.
+"""Reruns one step, and reports what caused its loss or gradient: a weight, a pack and a sample, or neither.
 
 Nothing is written but the report.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..batch import PackedBatch, StepBatch
 from ..parallel.mesh import Mesh
 from ..training.learner import Learner
 from ..training.model import Model
+from ..training.soundness import not_finite, told
 from ..training.step import UNITS, run_own
 from .trainer import Trainer
 
@@ -58,9 +59,11 @@ class Replay:
     """What a step did, and what each of its packs does alone.
 
     Attributes:
-        loss, grad_norm: of the whole step, as it was logged.
+        loss, grad_norm: of the whole step; NaN where a weight was not finite before it.
         packs: those of all data-parallel ranks.
         samples: of packs that are not finite, each sample by itself.
+        weights: those that were not finite before it, in words; then nothing else was tried.
+        weights_at: the step before which they were found so.
     """
 
     step: int
@@ -68,15 +71,23 @@ class Replay:
     grad_norm: float
     packs: tuple[PackReport, ...]
     samples: tuple[PackReport, ...]
+    weights: tuple[str, ...] = ()
+    weights_at: int = 0
 
 
 def replay(trainer: Trainer, step: int) -> Replay:
     """Train up to `step` without a trace, then look at that step. Collective; equal on all ranks."""
-    trainer = replace(trainer, course=replace(trainer.course, on_nonfinite="skip"))
-    for earlier in range(trainer.course.first_step, step):
-        trainer.train_step(earlier, trainer.train.step(earlier))
+    course = trainer.course
+    # What ended the run is to be seen again, not to end this.
+    trainer = replace(trainer, judge=trainer.judge.lenient())
     learner = trainer.learner
     mesh = learner.model.mesh
+    bad, done = not_finite(learner.model), course.first_step
+    while not bad and done < step:
+        trainer.train_step(done, trainer.train.step(done))
+        bad, done = not_finite(learner.model), done + 1
+    if bad:
+        return Replay(step, math.nan, math.nan, (), (), tuple(bad), done)
     learner.model.synchronize()
     batch = trainer.train.step(step)
     mine = [
@@ -89,8 +100,8 @@ def replay(trainer: Trainer, step: int) -> Replay:
             pack = trainer.train.alone([id_], batch, k, times=mesh.layout.micro_batch_multiple)
             samples.append(_alone(learner, batch, pack, k, [id_]))
     found = _gather(mesh, samples)
-    whole = trainer.train_step(step, batch)  # last: it changes the weights
-    return Replay(step, whole["loss"], whole["grad_norm"], tuple(packs), tuple(found))
+    loss = learner.gradients(batch)["loss"]
+    return Replay(step, loss, learner.gradient_norm(), tuple(packs), tuple(found))
 
 
 def _alone(
@@ -167,25 +178,62 @@ def _gather(mesh: Mesh, mine: Sequence[PackReport]) -> list[PackReport]:
     return [merged[key] for key in sorted(merged)]
 
 
-def show(found: Replay, path: Path, console: Console) -> None:
-    """Write the report to `path` as JSON, and what it says to the console."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(asdict(found)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    console.print(f"step {found.step}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}")
-    table = Table(
-        "dp rank", "micro-batch", "share of the loss", "largest gradient", "parameter", "samples", box=None
+def verdict(found: Replay, logged: Mapping[str, float | None] | None) -> str:
+    """Where the fault of a step is: in a weight, in a sample, in neither, or that it came only once.
+
+    Args:
+        logged: what the run wrote of this step, null for numbers that were not finite; None if it wrote nothing.
+    """
+    if found.weights:
+        when = f"before step {found.weights_at}"
+        return (
+            f"the fault is in a weight, not in a sample: {when} these are not finite: {told(found.weights)}"
+        )
+    bad = [sample for sample in found.samples if not sample.finite]
+    packs = [pack for pack in found.packs if not pack.finite]
+    if bad:
+        return f"the fault is in a sample: {', '.join(place for sample in bad for place in sample.samples)}"
+    if packs:
+        return f"{len(packs)} packs are not finite, and none of their samples is so alone: what they add up to is"
+    again = {"loss": found.loss, "grad_norm": found.grad_norm}
+    if not all(map(math.isfinite, again.values())):
+        return "every pack is finite alone, and the sum of their gradients is not: it is too large"
+    every = "every pack and every weight is finite"
+    if logged is None or not again.keys() <= logged.keys():
+        return f"{every}; the run logged nothing of this step that this could be held against"
+    shown = ", ".join(f"{name} {'not finite' if logged[name] is None else logged[name]}" for name in again)
+    if again == {name: logged[name] for name in again}:
+        return f"{every}, and the step is what was logged, to the bit: whatever is odd in it comes each time"
+    before = [logged[name] for name in again]
+    if all(
+        one is not None and math.isclose(one, now, rel_tol=1e-2) for one, now in zip(before, again.values())
+    ):
+        return f"{every}, and the step is what was logged, {shown}, but for rounding"
+    return (
+        f"the fault came only once: logged were {shown}, and the same step again is finite and another; "
+        "that is memory, a link or a kernel that fails now and then: try other nodes"
     )
-    for pack in found.packs:
-        table.add_row(*_cells(pack), f"{len(pack.samples)}")
-    for sample in found.samples:
-        if not sample.finite:
-            table.add_row(*_cells(sample), *sample.samples, style="red")
-    console.print(table)
-    bad = [pack for pack in found.packs if not pack.finite]
-    if not bad:
-        console.print("every pack is finite")
-    elif not any(not sample.finite for sample in found.samples):
-        console.print(f"{len(bad)} packs are not finite, and none of their samples is so alone")
+
+
+def show(found: Replay, logged: Mapping[str, float | None] | None, path: Path, console: Console) -> None:
+    """Write the report to `path` as JSON, and what it says to the console; see `verdict`."""
+    conclusion = verdict(found, logged)
+    report = {**asdict(found), "verdict": conclusion}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if not found.weights:
+        console.print(f"step {found.step}: loss {found.loss:.6g}, grad_norm {found.grad_norm:.6g}")
+        table = Table(
+            *("dp rank", "micro-batch", "share of the loss", "largest gradient", "parameter", "samples"),
+            box=None,
+        )
+        for pack in found.packs:
+            table.add_row(*_cells(pack), f"{len(pack.samples)}")
+        for sample in found.samples:
+            if not sample.finite:
+                table.add_row(*_cells(sample), *sample.samples, style="red")
+        console.print(table)
+    console.print(conclusion, markup=False)
     console.print(f"all samples: {path}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from paralign.models.errors import TrainingError
 
@@ -14,8 +13,10 @@ from ..columns.steps import Steps
 from ..observe.watch import Watch
 from ..rollout.generate import Generations
 from ..training.learner import Learner, training_flops
+from ..training.soundness import copies_that_differ, refuse_not_finite, told
 from ..training.state import NativeCheckpoints
 from ..training.step import report
+from .judge import Judge
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Course:
         first_step: steps that are done already.
         total_steps: of the whole run.
         export_missing: the export that was due at `first_step` is not there: a kill came between save and export.
-        on_nonfinite: what is done about a gradient norm that is not finite.
         counts_tokens: whether `num_tokens` is among the metrics.
     """
 
@@ -36,7 +36,7 @@ class Course:
     evaluate: int | None
     export: int | None
     export_missing: bool
-    on_nonfinite: Literal["stop", "skip"]
+    compare_copies: int | None
     counts_tokens: bool
 
 
@@ -47,6 +47,7 @@ class Trainer:
     Attributes:
         train, validation: steps to learn from, and by name those to be measured on.
         export: writes the model under a name (`iter_0000100`, `final`); collective.
+        judge: says which steps are taken into the weights.
         generations: answers to be written at each evaluation, if any.
     """
 
@@ -57,6 +58,7 @@ class Trainer:
     export: Callable[[str], None]
     course: Course
     watch: Watch
+    judge: Judge
     generations: Generations | None = None
 
     def fit(self) -> bool:
@@ -66,9 +68,17 @@ class Trainer:
             False if a signal asked to stop before the end; then the state is saved and nothing is exported.
 
         Raises:
-            TrainingError: a gradient norm that is not finite, where that is to stop the run; the weights are
-                those before that step, and saved.
+            TrainingError: a gradient norm that is not finite, or a spike, where that is to stop the run, or too many
+                steps left out: the weights are those before that step, and saved. Weights that are not finite, or
+                copies of one that differ: nothing is saved.
         """
+        try:
+            return self._to_the_end()
+        except TrainingError:  # on all ranks alike
+            self.checkpoints.finish()  # one that is being written is from before
+            raise
+
+    def _to_the_end(self) -> bool:
         course, measured = self.course, dict[str, float]()
         if course.export_missing:
             self.write_weights(f"iter_{course.first_step:07d}")
@@ -104,37 +114,75 @@ class Trainer:
         return True
 
     def train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
-        """One update; its metrics."""
-        self.watch.at("forward and backward", step)
-        measured = self.learner.gradients(self._marked(batch))
-        self.watch.at("optimizer", step)
-        update = self.learner.update(step)
-        if not update.updated:
-            self._refuse(step, batch, update.grad_norm)
-        return {
-            **measured,
-            "grad_norm": update.grad_norm,
-            "learning_rate": update.learning_rate,
+        """One update, or a step left out; its metrics."""
+        learner, watch = self.learner, self.watch
+        self._tell_of_one_prompt(step, batch)
+        watch.at("forward and backward", step)
+        values = learner.gradients(self._marked(batch))
+        if _due(self.course.compare_copies, step):
+            watch.at("comparing copies of weights", step)
+            self._compare_copies(step)
+        watch.at("optimizer", step)
+        values |= {
+            "grad_norm": learner.gradient_norm(),
+            "learning_rate": learner.learning_rate(step),
             "samples": float(batch.n_samples),
-            **({} if update.updated else {"skipped": 1.0}),
         }
+        if self._accepts(step, batch, values):
+            learner.update(step)
+            return values
+        return values | {"skipped": 1.0}
 
     def _marked(self, batch: StepBatch) -> StepBatch:
         """The same; its packs say to the watch where this rank is."""
         return replace(batch, micro_batches=self.watch.marking(batch.micro_batches))
 
-    def _refuse(self, step: int, batch: StepBatch, grad_norm: float) -> None:
-        """What the recipe says of a step without a finite gradient norm: its weights stay as they were."""
-        places = [batch.place(i) for i in batch.sample_ids]
+    def _accepts(self, step: int, batch: StepBatch, values: Mapping[str, float]) -> bool:
+        """Whether the weights are to be updated; says what is wrong with a step, and ends the run where it is to."""
+        verdict = self.judge(values)
+        if not verdict.fault:
+            return True
+        log, samples = self.watch.log, _samples(batch)
+        if verdict.action == "warn":
+            log.note(step, f"step {step}: {verdict.fault}; {samples}")
+            return True
+        message = f"step {step}: {verdict.fault}; the weights stay as they were before it; {samples}"
+        log.note(step, message)
+        self._refuse_unsound(step)
+        if verdict.action == "skip":
+            return False
+        log.log(step, {**values, "skipped": 1.0})  # for --replay-step to compare with
+        self.save(step, {})
+        raise TrainingError(f"{message}; {verdict.why_stop}--replay-step {step} says where the fault is")
+
+    def _refuse_unsound(self, step: int) -> None:
+        remedy = (
+            "nothing more is saved, and the newest checkpoint is from before; start the run again to go on from it, "
+            f"and if it ends here again, --replay-step {min(step, self.course.total_steps - 1)} names the step"
+        )
+        refuse_not_finite(self.learner.model, f"step {step}", remedy, TrainingError)
+
+    def _compare_copies(self, step: int) -> None:
+        found = copies_that_differ(self.learner.model, self.learner.optimizer)
+        if not found:
+            return
+        sure = max(0, step - (self.course.compare_copies or 0))
         message = (
-            f"step {step}: the gradient norm is {grad_norm}; the weights stay as they were before it; its "
-            f"{len(places)} samples: {', '.join(places[:8])}{', …' if len(places) > 8 else ''}"
+            f"step {step}: copies of one weight differ: {told(found)}; memory, a link or a kernel has failed there; "
+            f"nothing more is saved; remove checkpoints of more than {sure} steps, which may hold it already, leave "
+            "the node out and start the run again"
         )
         self.watch.log.note(step, message)
-        if self.course.on_nonfinite == "stop":
-            self.save(step, {})
-            self.checkpoints.finish()
-            raise TrainingError(message)
+        raise TrainingError(message)
+
+    def _tell_of_one_prompt(self, step: int, batch: StepBatch) -> None:
+        if self.train.loader.needs_mismatched and not batch.mismatched:
+            self.watch.log.note_once(
+                "one prompt",
+                step,
+                f"step {step}: all its answers are to one prompt, and none is another prompt's; the baseline of such "
+                "a step is 0; raise train.global_batch_size",
+            )
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics over every validation set, before step number `step`."""
@@ -152,14 +200,21 @@ class Trainer:
         return values
 
     def save(self, done: int, measured: Mapping[str, float]) -> None:
-        """Save the state after `done` steps."""
+        """Save the state after `done` steps; not one with weights that are not finite."""
         with self.watch.aside("saving a checkpoint", done):
-            self.checkpoints.save(Progress(done, self.train.fingerprint, measured))
+            self._refuse_unsound(done)
+            self.checkpoints.save(Progress(done, self.train.fingerprint, measured, window=self.judge.window))
 
     def write_weights(self, name: str) -> None:
         """Export the model as it is."""
         with self.watch.aside(f"exporting {name}", self.course.total_steps):
             self.export(name)
+
+
+def _samples(batch: StepBatch) -> str:
+    """Where the samples of a step were read; of many the first."""
+    places = [batch.place(i) for i in batch.sample_ids]
+    return f"its {len(places)} samples: {', '.join(places[:8])}{', …' if len(places) > 8 else ''}"
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from paralign.models.errors import TrainingError
+
 from ..checkpoint.hf import Assets, StageWriter, copy_assets, finish_export, shard_plan
 from ..files.refused import refusals_told
 from ..files.whole_file import replace_directory
 from ..parallel.layout import stage_rules
 from .model import Model
+from .soundness import not_finite, told
 
 
 def export_hf(
@@ -34,9 +37,16 @@ def export_hf(
         moved: called at each bucket of tensors, for whoever watches for stalls.
 
     Raises:
-        TrainingError: it cannot be written, as on a full disk.
+        TrainingError: a weight is not finite in `dtype`; it cannot be written, as on a full disk. An older directory
+            stays.
     """
     mesh = model.mesh
+    if found := not_finite(model, dtype):
+        raise TrainingError(
+            f"{directory}: not written, since weights are not finite in {str(dtype).removeprefix('torch.')}: "
+            f"{told(found)}; convert the newest checkpoint that is sound, or, where float16 is too narrow, set "
+            "checkpoint.export_dtype: bf16 and start the run again"
+        )
     plan = shard_plan(stage_rules(mesh.layout, model.arch), dtype=dtype, max_shard_bytes=max_shard_bytes)
     partial = directory.with_name(f"{directory.name}.part")
     with refusals_told(partial):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +15,6 @@ from ..objectives import Objective
 from .model import Model
 from .optim import Optimizer
 from .step import UNITS, report, run_step
-
-
-class Update(NamedTuple):
-    """What an update did: the gradients' global norm before clipping, and whether weights changed."""
-
-    learning_rate: float
-    grad_norm: float
-    updated: bool
 
 
 @dataclass
@@ -46,11 +37,17 @@ class Learner:
         self.optimizer.zero_grad()
         return report(self.objective, run_step(self.model, batch, self.objective, train=True))
 
-    def update(self, step: int) -> Update:
-        """The optimizer's step with the gradients of step number `step`. Collective."""
-        lr = learning_rate(self.schedule, step, self.total_steps)
-        result = self.optimizer.step(lr)
-        return Update(lr, result.grad_norm, result.updated)
+    def gradient_norm(self) -> float:
+        """The gradients' global norm before clipping; nothing is changed by it. Collective."""
+        return self.optimizer.gradient_norm()
+
+    def learning_rate(self, step: int) -> float:
+        """What step number `step` is taken with."""
+        return learning_rate(self.schedule, step, self.total_steps)
+
+    def update(self, step: int) -> None:
+        """The optimizer's step with the gradients of step number `step`, whose norm was taken. Collective."""
+        self.optimizer.update(self.learning_rate(step))
 
     def no_sums(self) -> Tensor:
         """What `measure` gives of no step at all; see `run_step`."""

@@ -111,13 +111,15 @@ class Model:
         """Megatron's schedule over this rank's packs.
 
         Args:
-            packs: as many as on any other rank, all of one length.
+            packs: as many as on any other rank, all of one length; none is nothing to do.
             ask: what the head is to give of a pack.
             loss: what is made of it.
 
         Returns:
             What `loss` reported of each pack, in their order, on ranks of the last stage; elsewhere nothing.
         """
+        if not packs:
+            return []
         chunks, iterators = self.chunks, [iter(packs) for _ in self.chunks]
         results: list[Tensor] = get_forward_backward_func()(
             forward_step_func=partial(_forward, ask=ask, loss=loss),

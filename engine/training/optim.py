@@ -149,6 +149,7 @@ class Optimizer:
         self.chunks = list(chunks)
         self.config = config
         self.fused = fused = fused or config.optimizer_cpu_offload
+        self._squares: Tensor  # Σ g² of the gradients whose norm was taken last
         self.megatron = build_optimizer(
             _WeightsWrittenByTheUpdate if fused else _StatePerParameter,
             MegatronOptimizerConfig(
@@ -176,28 +177,50 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def step(self, lr: float) -> UpdateResult:
-        """Clip the reduced gradients to `clip_grad` and update; nothing changes if their norm is not finite."""
+        """Take the norm and update; nothing changes if it is not finite. Collective."""
+        norm = self.gradient_norm()
+        if not math.isfinite(norm):
+            return UpdateResult(norm, updated=False)
+        self.update(lr)
+        return UpdateResult(norm, updated=True)
+
+    def gradient_norm(self) -> float:
+        """Take the reduced gradients over, and give their global norm, the same on all ranks. Collective."""
+        self.megatron.prepare_grads()
+        self._squares = self._squared_norm()
+        return math.sqrt(self._squares.item())
+
+    def update(self, lr: float) -> None:
+        """Clip the gradients whose norm was taken last to `clip_grad`, and update the weights. Collective.
+
+        Until it is called, neither weights nor the optimizer's state have changed.
+        """
         for group in self.megatron.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
-        self.megatron.prepare_grads()
-        if self.fused:
-            squares = self._squared_norm()
-            norm = math.sqrt(squares.item())
-        else:
-            norm = float(self.megatron.get_grad_norm())
-        if not math.isfinite(norm):
-            return UpdateResult(norm, updated=False)
         for part in self.megatron.chained_optimizers:
             if self.fused:
-                part.optimizer.factor = clip_factor(squares, self.config.clip_grad)
+                part.optimizer.factor = clip_factor(self._squares, self.config.clip_grad)
             elif self.config.clip_grad > 0:
+                norm = math.sqrt(self._squares.item())
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_grad, norm)
         self._gather_again()
         self.megatron.step_with_ready_grads()
-        if self.config.optimizer_cpu_offload and squares.is_cuda:
+        if self.config.optimizer_cpu_offload and self._squares.is_cuda:
             torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments on the host
-        return UpdateResult(norm, updated=True)
+
+    def main_weights(self) -> dict[Tensor, tuple[int, Tensor]]:
+        """By weight in a lower precision: the fp32 main weight of the part that this rank updates.
+
+        Returns:
+            Where the part begins in the flat weight, and the part, float32 (N,). Empty where weights are fp32.
+        """
+        return {
+            weight: (part._get_model_param_range_map(weight)["param"].start, main)
+            for part in self.megatron.chained_optimizers
+            for mains, weights in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups)
+            for main, weight in zip(mains, weights)
+        }
 
     def _gather_again(self) -> None:
         """With `overlap_param_gather`: let the next forward pass gather the weights that are about to change.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from paralign.engine.training.build import DTYPES, random_weights
 from paralign.engine.training.model import Model
 from paralign.engine.training.optim import Optimizer
 from paralign.engine.training.step import run_step
-from paralign.models import arch_from_hf, rules_for
+from paralign.models import arch_from_hf, parameter_count, rules_for
 from paralign.models.head_read import Quantity
 
 from .certificate import Case, step_batch
@@ -159,3 +160,31 @@ def test_tensors_come_whole_once_and_in_bounded_buckets(ranks: RankPool) -> None
     sizes = [sum(tensor.nbytes for tensor in bucket.values()) for buckets in every for bucket in buckets]
     assert max(sizes) <= largest
     assert sum(size > 0 for size in sizes) > 4
+
+
+def norm_of_many(rank: int, world_size: int, fused: bool) -> tuple[float, float]:
+    """The gradient norm of a large model whose gradient is one small number everywhere, and what it should be."""
+    keys = {"vocab_size": 60_001, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    arch = arch_from_hf(tiny_model("llama").config.to_dict() | keys | {"head_dim": 16})
+    layout = resolve(
+        LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
+        arch,
+        world_size=world_size,
+        global_batch_size=8,
+        tokens_per_pack=96,
+    )
+    with open_mesh(layout, local_rank=rank, seed=1) as mesh:
+        read = random_weights(arch, seed=1, dtype=torch.float32, device=mesh.device)
+        model = Model.open(arch, mesh, ModelConfig(hf=Path(), dtype="fp32"), read)
+        model.prepare_to_train()
+        optimizer = Optimizer(model.chunks, SETTINGS, layout, torch.float32, fused=fused)
+        for _, weight in model.named_weights():
+            weight.main_grad.fill_(1e-3)
+        return optimizer.gradient_norm(), 1e-3 * math.sqrt(parameter_count(arch))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gradient_norm_keeps_its_digits_in_a_large_model(fused: bool, ranks: RankPool) -> None:
+    """In fp32 the squares of eight million numbers add up to one that is wrong in its third digit."""
+    ((norm, expected),) = ranks.run(1, norm_of_many, fused)
+    assert norm == pytest.approx(expected, rel=1e-7)

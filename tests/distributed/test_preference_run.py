@@ -92,11 +92,39 @@ def test_kto_is_the_same_however_it_is_divided(toy: Path, ranks: RankPool) -> No
         train_recipe,
         _recipe(toy, "kto-4", {"pipeline_model_parallel_size": 2}, KTO | {"reference": "online"}),
     )
-    ranks.run(1, train_recipe, _recipe(toy, "kto-unshared", {}, KTO | {"share_prefix": False}))
     one, four = _losses(toy / "kto-1"), _losses(toy / "kto-4")
     assert one == pytest.approx(four, rel=1e-5)
     assert one[0] == pytest.approx(0.5, abs=1e-6)  # before the first step every log-ratio is 0
-    assert _losses(toy / "kto-unshared")[0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_kto_is_the_same_with_prompts_shared_or_not(toy: Path, ranks: RankPool) -> None:
+    """Where steps hold the same answers, as here all of them: their baseline is of the same mismatched answers."""
+    found = []
+    for share in (True, False):
+        name, objective = f"kto-shared-{share}", KTO | {"share_prefix": share}
+        whole = {"train__global_batch_size": 64, "train__max_steps": 3, "train__eval_every_steps": None}
+        ranks.run(1, train_recipe, _recipe(toy, name, {}, objective, **whole))
+        found.append([line for line in read_metrics(toy / name) if "loss" in line])
+    shared, unshared = found
+    assert shared[2]["kl"] > 0.05
+    for metric in ("loss", "kl", "grad_norm"):
+        assert [line[metric] for line in shared] == pytest.approx(
+            [line[metric] for line in unshared], rel=1e-4, abs=1e-7
+        )
+
+
+def test_a_step_of_one_prompt_has_no_baseline_and_says_so_once(toy: Path, ranks: RankPool) -> None:
+    records = [{"prompt": "red sun", "completion": f"{w} star", "label": w != "one"} for w in ("one", "two")]
+    (toy / "one-prompt.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {"data__train": str(toy / "one-prompt.jsonl"), "data__validation": {}}
+    for reference in ("cached", "online"):
+        name, objective = f"one-prompt-{reference}", KTO | {"reference": reference}
+        recipe = _recipe(toy, name, {}, objective, **data, train__eval_every_steps=None, train__max_steps=3)
+        ranks.run(1, train_recipe, recipe)
+        lines = read_metrics(toy / name)
+        assert [line["kl"] for line in lines if "kl" in line] == [0, 0, 0]
+        (note,) = (line["note"] for line in lines if "note" in line)
+        assert "step 0: all its answers are to one prompt" in note
 
 
 def test_resumed_reward_model_equals_uninterrupted(toy: Path, ranks: RankPool) -> None:

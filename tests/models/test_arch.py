@@ -205,6 +205,7 @@ def test_a_config_without_architectures_goes_by_its_model_type():
         ({"mlp_bias": True}, "mlp_bias: read True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: read 0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .*unquantised"),
+        ({"attention_dropout": 0.1}, "attention_dropout: read 0.1; only 0 is supported; write 0 there"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope_type 'yarn'; known are 'default' and 'llama3'",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paralign.engine.config.optimizer import OptimizerConfig, learning_rate
+from paralign.engine.config.optimizer import OptimizerConfig, learning_rate, warmup_steps
 
 
 def config(**keys: object) -> OptimizerConfig:
@@ -27,6 +27,11 @@ def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
 
 def test_a_fraction_is_rounded_up_to_whole_steps() -> None:
     assert learning_rate(config(lr_warmup_fraction=0.01), 0, 150) == 0.5
+
+
+@pytest.mark.parametrize(("fraction", "total", "steps"), [(0.07, 100, 7), (0.1, 30, 3), (1e-05, 100_000, 1)])
+def test_a_fraction_that_is_whole_steps_is_not_rounded_up(fraction: float, total: int, steps: int) -> None:
+    assert warmup_steps(config(lr_warmup_fraction=fraction), total) == steps
 
 
 @pytest.mark.parametrize(("style", "half"), [("cosine", 0.6), ("linear", 0.6), ("constant", 1.0)])

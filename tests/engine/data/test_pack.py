@@ -76,7 +76,31 @@ def test_a_prompt_can_be_learned_too() -> None:
     assert pack.labels_T[pack.loss_rows].tolist() == [2, 3, 4, 5, 6, 7]
 
 
+def _pairs_of(made: list[Group]) -> set[tuple[int, int]]:
+    """(prompt, answer) of groups whose prompts and answers are one token each."""
+    return {(int(group.prompt[0]), int(a.tokens[0])) for group in made for a in group.answers}
+
+
+def test_an_answer_is_never_mismatched_with_its_own_prompt() -> None:
+    """However answers lie in groups, and in whatever order those come: answers 10, 11 … are to prompt 1."""
+    each = {1: [10, 11], 2: [20], 3: [30, 31, 32]}
+    shared = [Group(np.array([p]), tuple(_answer([a], a) for a in answers)) for p, answers in each.items()]
+    unshared = [Group(np.array([p]), (_answer([a], a),)) for p, answers in each.items() for a in answers]
+    expected = mismatch(shared, 100, SHARED)
+    for groups, layout in ((shared[::-1], SHARED), (unshared, UNSHARED), (unshared[::-1], UNSHARED)):
+        made = mismatch(groups, 100, layout)
+        assert _pairs_of(made) == _pairs_of(expected)
+        assert all(prompt != answer // 10 for prompt, answer in _pairs_of(made))
+        assert sorted(a.id for group in made for a in group.answers) == [10, 11, 20, 30, 31, 32]
+
+
+def test_of_one_prompt_nothing_is_mismatched() -> None:
+    groups = [Group(np.array([1]), (_answer([10]),)), Group(np.array([1], dtype=np.uint32), (_answer([11]),))]
+    assert mismatch(groups, 100, UNSHARED) == []
+
+
 def test_an_answer_is_mismatched_with_the_prompt_after_it() -> None:
+    """Prompts stand in the order of their digests, 3, 1, 2; answers in that of their ids."""
     groups = [
         Group(np.array([1]), (_answer([10], 5),)),
         Group(np.array([2]), (_answer([20], 6), _answer([21], 7))),
@@ -84,11 +108,11 @@ def test_an_answer_is_mismatched_with_the_prompt_after_it() -> None:
     ]
     made = mismatch(groups, 100, SHARED)
     assert [[a.tokens.tolist() for a in group.answers] for group in made] == [
-        [[30]],
-        [[10], [10]],
         [[20], [21], [20]],
+        [[32]],
+        [[10], [10]],
     ]
-    assert [[a.id for a in group.answers] for group in made] == [[5], [6, 7], [8, 9, 4]]
+    assert [[a.id for a in group.answers] for group in made] == [[4, 8, 9], [5], [6, 7]]
 
 
 def test_a_mismatched_answer_is_cut_to_the_pack() -> None:

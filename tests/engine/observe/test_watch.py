@@ -49,7 +49,12 @@ def clock() -> _Clock:
 def _watch(sink: _Sink, clock: _Clock | None = None, **parts: Any) -> Watch:
     health = MagicMock(**{"__exit__.return_value": None})
     throughput = Throughput(world_size=1, peak=None, clock=clock or _Clock())
-    parts = {"health": health, "memory": MagicMock(), "profiler": MagicMock()} | parts
+    parts = {
+        "health": health,
+        "memory": MagicMock(),
+        "profiler": MagicMock(),
+        "own_work": MagicMock(),
+    } | parts
     return Watch(MetricsLog(sink), throughput=throughput, facts={"model": "tiny"}, **parts)
 
 
