@@ -16,10 +16,11 @@ from rich.panel import Panel
 
 from paralign.models import parameter_count
 from paralign.models.arch import Arch
-from paralign.models.errors import DataError, RecipeError, WeightsError
+from paralign.models.errors import CheckpointError, DataError, RecipeError, WeightsError
 
 from ..backends import check_backend
 from ..batch import Head
+from ..checkpoint import store
 from ..checkpoint.hf import arch_of
 from ..checkpoint.source import open_source
 from ..columns.sources import BASELINE, DATA, REFERENCE, Source, in_order
@@ -27,7 +28,8 @@ from ..config.optimizer import warmup_steps
 from ..data.answers import AnswerLayout
 from ..data.cache import TokenCache, build_or_open
 from ..data.config import SourceConfig
-from ..data.epochs import Epochs, StepStatistics, step_statistics
+from ..data.epochs import Epochs, StepStatistics, packing_of, step_statistics
+from ..data.packing import MIXED
 from ..data.tokenizer import largest_id
 from ..objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from ..objectives.reward import RewardConfig
@@ -54,6 +56,7 @@ class CheckReport:
         caches: tokens by set: `train`, and `validation/NAME`.
         steps: what the training steps of an epoch hold.
         total_steps: optimizer steps of the run.
+        packing: version of the plans of packs, that of the run's checkpoints if it has any.
     """
 
     recipe: Recipe
@@ -64,6 +67,7 @@ class CheckReport:
     caches: Mapping[str, TokenCache]
     steps: StepStatistics
     total_steps: int
+    packing: int
 
     @property
     def save_seconds(self) -> float:
@@ -151,7 +155,8 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     _check_files(recipe, arch)
     caches = _open_sets(recipe, arch, progress=progress)
     samples = caches["train"]
-    epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed)
+    packing = packing_of_run(recipe.run_dir)
+    epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed, packing=packing)
     steps = step_statistics(
         epochs.plan(0),
         samples.lengths,
@@ -170,7 +175,18 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         caches,
         steps,
         total_steps,
+        packing,
     )
+
+
+def packing_of_run(run_dir: Path) -> int:
+    """How a run packs its samples: as its newest readable checkpoint says, or as new runs do."""
+    for checkpoint in reversed(store.complete(run_dir / "checkpoints")):
+        try:
+            return packing_of(store.read_progress(checkpoint).data)
+        except CheckpointError:  # a run that cannot go on from it says so
+            continue
+    return MIXED
 
 
 def _arch_to_train(recipe: Recipe, objective: Objective) -> Arch:
