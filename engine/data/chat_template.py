@@ -33,6 +33,10 @@ State = tuple[Any, ...]
 # An operation is about a microsecond.
 OPERATIONS = 500_000  # of a rendering, whatever the conversation
 PER_INPUT = 100  # and for each turn, each of its values, and each 1,024 characters
+LETTERS_OUT, PER_LETTER = (
+    1 << 18,
+    16,
+)  # characters that a rendering may write, and for each character of its input
 LETTERS = 1 << 10  # characters that cost as much as an operation
 LONGEST_TEMPLATE = 1 << 18  # characters; the longest that models come with have a tenth
 MOST_BITS = 1 << 12  # of an integer
@@ -52,7 +56,7 @@ _NEXT = LoopContext.__next__.__code__
 
 
 class TooMuchWork(Exception):
-    """A template did not end within its operations."""
+    """A template did not end within its operations, or wrote too much."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class _Rendering:
 
     left: int
     largest: int = 1
+    letters: int = 0
     written: int = 0
     marked: list[Span] = field(default_factory=list)
     namespaces: list[_Namespace] = field(default_factory=list)
@@ -96,6 +101,7 @@ class _Rendering:
             total += 1
             if isinstance(value, str | bytes):
                 total += len(value) // LETTERS
+                self.letters += len(value)
             elif isinstance(value, int):
                 total += value.bit_length() // LETTERS
             elif isinstance(value, Mapping):
@@ -572,10 +578,11 @@ class ChatTemplate:
 
         Raises:
             TemplateError: it refuses the turns, or fails on them.
-            TooMuchWork: it does not end.
+            TooMuchWork: it does not end, or writes without measure.
         """
         rendering = self._sandbox.rendering = _Rendering(sys.maxsize)
         rendering.left = OPERATIONS + PER_INPUT * rendering.weigh(list(turns), tools)
+        most_letters = LETTERS_OUT + PER_LETTER * rendering.letters
         rendering.largest = max((rendering.weigh(turn) for turn in turns), default=1)
         track = _Track(rendering, len(turns))
         pieces = []
@@ -588,6 +595,8 @@ class ChatTemplate:
                 **names,
             ):
                 rendering.written += len(piece)
+                if rendering.written > most_letters:
+                    raise TooMuchWork
                 pieces.append(piece)
         except (TemplateError, TooMuchWork):
             raise

@@ -176,7 +176,7 @@ def _check_order(conversation: Conversation) -> None:
             )
         if message.tool_calls and not conversation.tools:
             raise DataError(
-                f"{place}: turn {i} calls the tool {message.tool_calls[0].name}, and the record has no tools; "
+                f"{place}: turn {i} calls the tool {cut(message.tool_calls[0].name)}, and the record has no tools; "
                 "give their definitions under tools"
             )
         if message.role == "tool" and not calling:

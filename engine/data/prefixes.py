@@ -52,8 +52,9 @@ class Prefixes:
             at, state = whole.looked[n], whole.states[n]
             if at is not None and state is not None:
                 end = self._end(n, at, state, whole, prompted)
-                if end is not None and at <= self._shared(text, prompted):
-                    return at + len(end) if text.startswith(end, at) else None
+                if end is not None:
+                    is_same = at <= self._shared(text, prompted) and text.startswith(end, at)
+                    return at + len(end) if is_same else None
         own = self.text(n, prompted=prompted)
         return len(own) if text.startswith(own) else None
 

@@ -29,6 +29,7 @@ from .config import LossOn
 from .conversation import Conversation
 from .prefixes import Prefixes, n_shared
 from .tokenizer import open_tokenizer
+from .turns import cut
 
 _OURS = Path(__file__).parent / "templates"
 MOST_ROLES = 20  # that an error names
@@ -48,8 +49,9 @@ def template_text(chat_template: config.ChatTemplate) -> str | None:
     if chat_template == "tokenizer":
         return None
     ours = _OURS / f"{chat_template}.jinja"
-    path = ours if ours.is_file() else Path(chat_template)
+    path = Path(chat_template)
     try:
+        path = ours if ours.is_file() else path
         if path.is_file():
             return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # a name that cannot be one; no UTF-8
@@ -139,8 +141,7 @@ class Renderer:
         while turns:
             sample, turns = self._sample(conversation, turns[-1] + 1, turns)
             found.append(sample)
-        if len(found) > 1:
-            self.n_remade += len(found)
+        self.n_remade += len(found) - 1
         return found[::-1]
 
     def _sample(
@@ -150,6 +151,7 @@ class Renderer:
         place = conversation.place
         text, marked, spans = self._spans(conversation, n_turns, turns)
         if turns and not spans:  # what follows the last answer changes it
+            self.n_remade += 1
             text, marked, spans = self._spans(conversation, turns[-1] + 1, turns)
         turns, rest = turns[len(turns) - len(spans) :], turns[: len(turns) - len(spans)]
         tokens_L, starts, ends = self._tokens(text, place)
@@ -262,8 +264,8 @@ class Renderer:
         except TooMuchWork:
             # Not a bad record: each one would take as long.
             raise RecipeError(
-                f"{conversation.place}: the chat template does not come to its end in as many operations as the "
-                "conversation is long: a loop or repetition in it is too large; mend data.chat_template"
+                f"{conversation.place}: the chat template does not come to its end, or writes without measure, for a "
+                "conversation of this length: a loop or repetition in it is too large; mend data.chat_template"
             ) from None
 
 
@@ -369,6 +371,6 @@ def _check_tools(conversation: Conversation, n_turns: int, text: str, spans: Map
         absent += [call.name for call in message.tool_calls if text.find(call.name, start, end) < 0]
     if absent:
         raise DataError(
-            f"{conversation.place}: the chat template leaves out the tool {absent[0]}; take a template that "
+            f"{conversation.place}: the chat template leaves out the tool {cut(absent[0])}; take a template that "
             "renders tools, such as the model's own or chatml, or remove the tools"
         )
