@@ -128,12 +128,15 @@ class CheckReport:
         return facts_block("paralign", self.facts())
 
 
-def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) -> CheckReport:
+def check(
+    recipe: Recipe, gpus: int | None = None, *, progress: bool = False, verify: bool = True
+) -> CheckReport:
     """Checks a recipe, tokenising its data if that was not done before.
 
     Args:
         gpus: what the layout is checked for; None is one copy of the model, tp × pp.
         progress: show a bar while tokenising.
+        verify: compare tokens with their checksums.
 
     Raises:
         RecipeError, LayoutError, WeightsError, DataError: the first part that is wrong.
@@ -153,7 +156,7 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     check_backend(recipe.model, arch)
     check_installed(recipe.observe)
     _check_files(recipe, arch)
-    caches = _open_sets(recipe, arch, progress=progress)
+    caches = _open_sets(recipe, arch, progress=progress, verify=verify)
     samples = caches["train"]
     packing = packing_of_run(recipe.run_dir)
     epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed, packing=packing)
@@ -208,7 +211,9 @@ def sources_of_columns(recipe: Recipe) -> list[Source]:
     return in_order(objective.needs, DATA[objective.reads], [*others, BASELINE])
 
 
-def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache:
+def open_set(
+    recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool, verify: bool = True
+) -> TokenCache:
     """The tokens of one set, as the objective reads its records."""
     section = recipe.objective
     objective = build_objective(section)
@@ -223,6 +228,7 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
         layout,
         score_range,
         progress=progress,
+        verify=verify,
     )
 
 
@@ -241,11 +247,11 @@ def _check_files(recipe: Recipe, arch: Arch) -> None:
     _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
 
 
-def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool) -> dict[str, TokenCache]:
+def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool, verify: bool) -> dict[str, TokenCache]:
     """The tokens of every set, which the model can take."""
     caches = {}
     for name, sources in recipe.data.sets.items():
-        cache = caches[name] = open_set(recipe, sources, progress=progress)
+        cache = caches[name] = open_set(recipe, sources, progress=progress, verify=verify)
         _check_vocabulary(cache.max_token, recipe, arch)
         if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
             raise RecipeError(

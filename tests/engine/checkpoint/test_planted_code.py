@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -165,7 +166,16 @@ DPO = [
     [([], "samples.npz"), (DPO, "samples.npz"), (DPO, "answers.npy")],
     ids=["chats", "answers", "answers' table"],
 )
-def test_a_token_cache(project: Path, harm: Harm, overrides: list[str], file: str) -> None:
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "none"])
+def test_a_token_cache(
+    project: Path,
+    harm: Harm,
+    overrides: list[str],
+    file: str,
+    checksums: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is made anew; of one of an older version, without checksums, the file itself has to tell."""
     pairs = [{"prompt": "hi " * (i % 5 + 1), "chosen": "yo", "rejected": "hi"} for i in range(40)]
     (project / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     _opened_by_check(*overrides)
@@ -176,8 +186,12 @@ def test_a_token_cache(project: Path, harm: Harm, overrides: list[str], file: st
             with np.load(path) as table:
                 columns = dict(table)
             np.savez(path, **columns | {"lengths": np.array([harm], dtype=object)})
-    with pytest.raises(ParalignError, match=rf"not a cache of \w+ \(.*{MORE}"):
-        _opened_by_check(*overrides)
+        if not checksums:
+            (path.parent / "checksums.json").unlink()
+    _opened_by_check(*overrides)
+    said = capsys.readouterr().err
+    assert "made anew from the data" in said
+    assert checksums or re.search(rf"not a cache of \w+ \(.*{MORE}", said)
 
 
 @pytest.mark.parametrize("whole", [True, False])

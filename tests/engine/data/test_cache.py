@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -264,6 +265,22 @@ def test_a_cache_of_an_older_version_is_taken_as_it_is_and_says_so(
     again = build_or_open(config, config.train, tokenizer_dir, progress=True)
     assert (again.directory / "tokens.bin").stat().st_ino == before
     assert "without checksums: not checked" in capsys.readouterr().err
+
+
+def test_what_takes_long_to_check_says_so(
+    tokenizer_dir: Path,
+    write_jsonl: Write,
+    data_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    build(config, tokenizer_dir)
+    monkeypatch.setattr(token_files, "SAID", 0)
+    build_or_open(config, config.train, tokenizer_dir, progress=True)
+    assert re.search(r"\.v3: 0\.0 GB checked in 0 s, [\d.]+ GB/s", capsys.readouterr().err)
+    build_or_open(config, config.train, tokenizer_dir, progress=True, verify=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_broken_cache_that_cannot_be_made_anew_is_an_error(
