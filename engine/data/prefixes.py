@@ -38,10 +38,17 @@ class Prefixes:
         self._few = n_asked <= FEW
         self._ends: dict[tuple[bool, State], str | None] = {}
         self._common: dict[bool, tuple[str, int]] = {}
+        self._texts: dict[tuple[int, bool], str] = {}  # of few turns
 
     def text(self, n: int, *, prompted: bool) -> str:
         """The text of the first n turns, with a generation prompt behind them or without, rendered by itself."""
-        return (self._whole[False] if n == self._n_turns and not prompted else self._render(n, prompted)).text
+        if n == self._n_turns and not prompted:
+            return self._whole[False].text
+        if not self._few:
+            return self._render(n, prompted).text
+        if (n, prompted) not in self._texts:
+            self._texts[n, prompted] = self._render(n, prompted).text
+        return self._texts[n, prompted]
 
     def length(self, n: int, text: str, *, prompted: bool) -> int | None:
         """Characters of the text of the first n turns, if `text` begins with it, else None."""

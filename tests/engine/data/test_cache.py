@@ -24,12 +24,15 @@ from paralign.engine.data import token_files
 from paralign.engine.data.cache import TokenCache, build_or_open, stop_token
 from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
+from paralign.engine.data.inspect import inspect_set
 from paralign.engine.data.render import Renderer, template_text
 from paralign.engine.data.token_files import cache_directory
+from paralign.engine.files import whole_file
 from paralign.engine.processes.stop import Stop
 from paralign.models.errors import DataError
 
 from .conftest import chat
+from .test_render import THINKING
 
 Write = Callable[..., Path]
 Make = Callable[..., DataConfig]
@@ -265,6 +268,44 @@ def test_a_cache_of_an_older_version_is_taken_as_it_is_and_says_so(
     again = build_or_open(config, config.train, tokenizer_dir, progress=True)
     assert (again.directory / "tokens.bin").stat().st_ino == before
     assert "without checksums: not checked" in capsys.readouterr().err
+
+
+def test_a_conversation_may_be_several_samples_which_the_fingerprint_says(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    """Older versions refused or skipped it, under the same key: a run of theirs must not meet other samples."""
+    (tmp_path / "mine.jinja").write_text(THINKING)
+    answers = [f"<think>\nfine {i}?\n</think>thank you" for i in range(2)]
+    records = [chat("hello", answers[0], "and you?", answers[1]), chat("hello", answers[0])]
+    path = write_jsonl("a.jsonl", records)
+    config = data_config(path, chat_template=tmp_path / "mine.jinja", tokens_per_pack=512, bad_record="skip")
+    cache = build(config, tokenizer_dir)
+    assert cache.lines.tolist() == [1, 1, 2]
+    assert cache.n_bad == (0,)
+    key = cache.directory.name.removesuffix(".v3")
+    as_before = f"{key} 512 error error [1.0]"
+    assert cache.fingerprint == hashlib.sha256(f"{as_before} 4".encode()).hexdigest()[:32]
+    text = "".join(
+        block.plain for block in inspect_set(config, "train", tokenizer_dir, n_samples=2, coloured=False)
+    )
+    assert "a (messages, part 2 of 2)" in text
+
+
+def test_every_file_of_a_cache_is_on_the_disk_before_it_has_its_name(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    synced: list[str] = []
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".v3":
+            assert {*FILES, Path(source).name} <= set(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(whole_file, "sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(os, "replace", replace)
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    assert build(config, tokenizer_dir).directory.parent.name == synced[-1] == "cache"
 
 
 def test_what_takes_long_to_check_says_so(
