@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from paralign.engine.batch import Kind
+from paralign.engine.data import sources
 from paralign.engine.data.cache import build_or_open
 from paralign.engine.data.config import DataConfig
 from paralign.models.errors import DataError, ParalignError
@@ -40,8 +41,10 @@ def assert_clear(config: DataConfig, tokenizer_dir: Path, kind: Kind = Kind.CONV
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_file_is_one_error_with_its_line_or_counted(
-    name: str, tokenizer_dir: Path, data_config: Make, tmp_path: Path
+    name: str, tokenizer_dir: Path, data_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    if name in ("a gigantic line", "a gigantic record of a list"):
+        monkeypatch.setattr(sources, "LONGEST", 1 << 20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(FILES[name])
     options = {"tokens_per_pack": 4096, "too_long": "drop", "nothing_to_learn": "skip"}
