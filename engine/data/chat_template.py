@@ -32,7 +32,7 @@ State = tuple[Any, ...]
 
 # An operation is about a microsecond.
 OPERATIONS = 500_000  # of a rendering, whatever the conversation
-PER_INPUT = 100  # and for each turn, each of its values, and each 1,024 characters
+PER_INPUT = 200  # and for each turn, each of its values, and each 1,024 characters
 LETTERS_OUT, PER_LETTER = (
     1 << 18,
     16,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from paralign.models.errors import DataError
+
 from .chat_template import Output, State
 
 FEW = 3  # turns that are asked for: so many beginnings are rendered faster one by one
@@ -33,8 +35,8 @@ class Prefixes:
     """
 
     def __init__(self, render: Render, whole: Output, n_turns: int, n_asked: int) -> None:
-        self._render, self._n_turns = render, n_turns
-        self._whole = {False: whole}
+        self._render, self._n_turns, self._text = render, n_turns, whole.text
+        self._whole: dict[bool, Output | None] = {False: whole}
         self._few = n_asked <= FEW
         self._ends: dict[tuple[bool, State], str | None] = {}
         self._common: dict[bool, tuple[str, int]] = {}
@@ -43,7 +45,7 @@ class Prefixes:
     def text(self, n: int, *, prompted: bool) -> str:
         """The text of the first n turns, with a generation prompt behind them or without, rendered by itself."""
         if n == self._n_turns and not prompted:
-            return self._whole[False].text
+            return self._text
         if not self._few:
             return self._render(n, prompted).text
         if (n, prompted) not in self._texts:
@@ -54,13 +56,15 @@ class Prefixes:
         """Characters of the text of the first n turns, if `text` begins with it, else None."""
         if not self._few and 0 < n < self._n_turns:
             if prompted not in self._whole:
-                self._whole[prompted] = self._render(self._n_turns, prompted)
+                try:
+                    self._whole[prompted] = self._render(self._n_turns, prompted)
+                except DataError:  # a prompt behind the last turn, which nobody asked for
+                    self._whole[prompted] = None
             whole = self._whole[prompted]
-            at, state = whole.looked[n], whole.states[n]
-            if at is not None and state is not None:
+            if whole and (at := whole.looked[n]) is not None and (state := whole.states[n]) is not None:
                 end = self._end(n, at, state, whole, prompted)
                 if end is not None:
-                    is_same = at <= self._shared(text, prompted) and text.startswith(end, at)
+                    is_same = at <= self._shared(text, whole, prompted) and text.startswith(end, at)
                     return at + len(end) if is_same else None
         own = self.text(n, prompted=prompted)
         return len(own) if text.startswith(own) else None
@@ -75,10 +79,9 @@ class Prefixes:
             self._ends[key] = own.text[at:] if is_end and whole.states[-1] is not None else None
         return self._ends[key]
 
-    def _shared(self, text: str, prompted: bool) -> int:
+    def _shared(self, text: str, whole: Output, prompted: bool) -> int:
         """How far a text is that of the whole rendering."""
         if self._common.get(prompted, ("", 0))[0] is not text:
-            whole = self._whole[prompted].text
-            same = len(whole) if text.startswith(whole) else n_shared(text, whole)
+            same = len(whole.text) if text.startswith(whole.text) else n_shared(text, whole.text)
             self._common[prompted] = text, same
         return self._common[prompted][1]

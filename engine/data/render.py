@@ -33,7 +33,6 @@ from .turns import cut
 
 _OURS = Path(__file__).parent / "templates"
 MOST_ROLES = 20  # that an error names
-NEAR = 8  # tokens around a span that are looked at one by one
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -99,7 +98,10 @@ class Renderer:
                 f"the chat template is no jinja: {_line(error)}; mend it, or take another"
             ) from None
         self._marks_generation = _GENERATION.search(text) is not None
-        self._names = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        self._names = {
+            name: [str(one) for one in token] if isinstance(token, list) else str(token)
+            for name, token in self.tokenizer.special_tokens_map.items()
+        }
         self._loss_on = loss_on
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self._only_bos = [] if bos is None or bos == eos else [bos]
@@ -160,10 +162,11 @@ class Renderer:
             return Rendered(tokens_L, _but_the_first(~np.isin(tokens_L, self._only_bos))), rest
         learned_L = np.zeros(len(tokens_L), dtype=bool)
         stops_L = np.isin(tokens_L, self._stops)
+        in_order = bool((np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all())
         first = spans[0][0] if spans and (conversation.n_context or rest) else 0
         for start, end in spans if marked is None else _within(marked, spans, turns, place):
             start = max(start, first)  # a mark that begins before a completion stops at its prompt
-            inside_N = _tokens_in(starts, ends, start, end)
+            inside_N = _tokens_in(starts, ends, start, end, in_order=in_order)
             if marked is None:
                 inside_N = _cut_after_stop(inside_N, stops_L, text, ends, end)
             learned_L[inside_N] = True
@@ -172,13 +175,13 @@ class Renderer:
     def _tokens(self, text: str, place: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int32 (L,), tokens of a text; int64 (L,), where each begins in it and ends."""
         try:
-            encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
-        except (
-            Exception
-        ) as error:  # of text that cannot be encoded, such as half a surrogate pair of a template
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = cut(error.object[error.start])
             raise DataError(
-                f"{place}: cannot be tokenised ({_line(error)}); mend the record or template"
+                f"{place}: {half} is half of a surrogate pair, which is no text; mend the record, or the template"
             ) from None
+        encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
         tokens_L = np.array(encoding.ids, dtype=np.int32)
         flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(tokens_L))
         return tokens_L, flat[::2], flat[1::2]
@@ -274,13 +277,11 @@ def _but_the_first(learned_L: np.ndarray) -> np.ndarray:
     return learned_L
 
 
-def _tokens_in(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.ndarray:
-    """The tokens with text between two characters; int64 (N,)."""
-    # Tokens stand in order, but for some that have no text or share a character with the next.
-    low, high = np.searchsorted(ends, start, side="right"), np.searchsorted(starts, end, side="left")
-    first, last = max(0, int(low) - NEAR), min(len(starts), int(high) + NEAR)
-    near = slice(first, last)
-    return first + np.flatnonzero((ends[near] > start) & (starts[near] < end))
+def _tokens_in(starts: np.ndarray, ends: np.ndarray, start: int, end: int, *, in_order: bool) -> np.ndarray:
+    """The tokens with text between two characters; int64 (N,). `in_order`: no token begins or ends before another."""
+    if not in_order:
+        return np.flatnonzero((ends > start) & (starts < end))
+    return np.arange(np.searchsorted(ends, start, side="right"), np.searchsorted(starts, end, side="left"))
 
 
 def _cut_after_stop(
@@ -303,7 +304,7 @@ def _behind_prompt(
     content = message["content"]
     if not content:
         return None
-    mark = hashlib.sha256(content.encode()).hexdigest()
+    mark = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
     parts = render({**message, "content": mark}).split(mark)
     if len(parts) != 2:
         return None
@@ -336,7 +337,8 @@ def _no_answer_behind(prompt: str, text: str, place: str, turn: int) -> DataErro
 def _line(error: Exception) -> str:
     """What an error says, in a line."""
     said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 200 else said[:199] + "…"
+    short = said if len(said) <= 200 else said[:199] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()
 
 
 def _within(marked: list[Span], turn_spans: list[Span], turns: list[int], place: str) -> list[Span]:

@@ -14,6 +14,7 @@ from .conversation import REQUIRED, RecordFormat, detect_format, rename
 from .hashed_file import Digests, in_order
 from .json_value import json_value
 from .tables import Record, is_table, table_files, table_records
+from .turns import cut
 
 Reading = RecordFormat | Kind
 _SPACE = " \t\r\n"
@@ -177,7 +178,7 @@ def _broken_list(path: Path, error: json.JSONDecodeError) -> DataError:
 
 def _broken(path: Path, line: int, error: json.JSONDecodeError, expected: str) -> DataError:
     start = max(0, error.pos - 30)
-    near = error.doc[start : error.pos + 30].replace("\n", "⏎")
+    near = cut(error.doc[start : error.pos + 30].replace("\n", "⏎"))
     found = f"{error.msg} at column {error.colno}, near `{near}`"
     return DataError(f"{path}:{line}: {found}; expected {expected}")
 

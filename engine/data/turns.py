@@ -231,5 +231,6 @@ def shown(value: object) -> str:
 
 
 def cut(text: str) -> str:
-    """Text, cut to what fits a line."""
-    return text if len(text) <= 80 else text[:77] + "…"
+    """Text, cut to what fits a line; half of a surrogate pair, which no terminal takes, as its escape."""
+    short = text if len(text) <= 80 else text[:77] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()

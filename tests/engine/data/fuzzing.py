@@ -23,6 +23,9 @@ RECORDS: list[dict[str, Any]] = [
     {"conversations": [{"from": "human", "value": "red"}, {"from": "gpt", "value": "one"}]},
     {"instruction": "a", "input": "b", "output": "c", "history": [["a", "b"]]},
     {"prompt": "a", "completion": [ANSWER]},
+    {"prompt": "a", "completion": "b", "label": True},
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": "c", "chosen_score": 1, "rejected_score": 0.5, "margin": 1},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
     {
         "messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": "{}"}}]}],
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
