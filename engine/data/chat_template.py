@@ -209,12 +209,11 @@ class _Track:
             self.known += 1
 
     def next(self, turn: int, loop: object, in_order: bool) -> None:
-        """A loop asked for its next turn, or for the end."""
+        """A loop asked for its next turn, or for the end; `in_order`: as the first, and between two turns."""
         if self.ended is loop:
             return
-        new = turn == self.known
         self.look(turn)
-        if new and in_order:
+        if in_order:
             states = [_state(namespace) for namespace in self.rendering.namespaces]
             if None not in states:
                 self.states[turn], self.loops[turn] = tuple(states), loop
@@ -297,7 +296,8 @@ class _TurnLoop:
     def __next__(self) -> Any:
         self._track.rendering.spend(1)
         turn = self._turn
-        self._track.next(turn, self, not self._buffered and _is_main_loop())
+        is_new = turn == self._track.known
+        self._track.next(turn, self, is_new and not self._buffered and _is_main_loop())
         if turn == len(self._items):
             raise StopIteration
         self._turn += 1
