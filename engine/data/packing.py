@@ -75,12 +75,19 @@ def plan_packs(
             enough = max(enough, at_once * (1 + SPARE))
         if n_bins <= enough:
             break
-    # Longest first, equals at random. numpy sorts 16 bits without comparing.
-    keys = (tokens_per_pack - lengths).astype(np.uint16 if tokens_per_pack < 1 << 16 else np.int64)
-    ids = np.concatenate([part[np.argsort(keys[part], kind="stable")] for part in parts])
+    longest_first = tokens_per_pack - lengths
+    ids = np.concatenate([part[_order(longest_first[part])] for part in parts])  # equals at random
     pack_of = draw.permutation(n_bins)[bin_of]
     offsets = np.concatenate(([0], np.cumsum(np.bincount(pack_of, minlength=n_bins))))
-    return PackPlan(ids[np.argsort(pack_of, kind="stable")], offsets)
+    return PackPlan(ids[_order(pack_of)], offsets)
+
+
+def _order(keys: np.ndarray) -> np.ndarray:
+    """What sorts numbers from 0 to 2³² − 1, equals as they stand; numpy sorts 16 bits at a time without comparing."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    if keys.max(initial=0) < 1 << 16:
+        return order
+    return order[np.argsort((keys >> 16)[order].astype(np.uint16), kind="stable")]
 
 
 def _best_fit(parts: Sequence[np.ndarray], room: int) -> tuple[np.ndarray, int]:
