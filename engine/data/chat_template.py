@@ -1,7 +1,7 @@
 """Chat templates: jinja text that comes with a model, rendered with bounded work.
 
 jinja's sandbox keeps a template from the machine, not from its time: loops in loops, or `'a' * 10**10`, would never
-end. So whatever a template does is counted, and it has so many operations as the conversation is long. The count is
+end. So whatever a template does is counted, and it has as many operations as the conversation is long. The count is
 the same on every machine, which a time limit is not: a sample must not depend on how busy a machine is.
 
 A rendering also says how far its text had come when the template first looked at each turn: until then it cannot
@@ -33,16 +33,13 @@ State = tuple[Any, ...]
 # An operation is about a microsecond.
 OPERATIONS = 500_000  # of a rendering, whatever the conversation
 PER_INPUT = 200  # and for each turn, each of its values, and each 1,024 characters
-LETTERS_OUT, PER_LETTER = (
-    1 << 18,
-    16,
-)  # characters that a rendering may write, and for each character of its input
+LETTERS_OUT = 1 << 18  # characters that a rendering may write, whatever the conversation
+PER_LETTER = 16  # and for each character of it
 LETTERS = 1 << 10  # characters that cost as much as an operation
 LONGEST_TEMPLATE = 1 << 18  # characters; the longest that models come with have a tenth
 MOST_BITS = 1 << 12  # of an integer
-_WIDE = re.compile(
-    r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^{}]*\d{4}|\{[^{}]+\{"
-)  # a width of thousands, or a computed one
+# In a format, a width of thousands, or a computed one.
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^{}]*\d{4}|\{[^{}]+\{")
 # Filters and methods whose result is as long as the product of their arguments; of the others it is the sum.
 _PRODUCTS = re.compile(
     "batch|center|expandtabs|indent|[lr]?just|[lr]?strip|round|slice|to_bytes|tojson|translate|trim|zfill"
@@ -447,9 +444,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        owner = getattr(
-            getattr(__obj, "__wrapped__", __obj), "__self__", None
-        )  # the sandbox wraps str.format
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
         values = [*args, *kwargs.values()]
         if isinstance(owner, str | bytes | int | float | list | tuple | Mapping):
             values.insert(0, owner)
