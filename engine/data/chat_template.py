@@ -205,13 +205,14 @@ class _Track:
             self.looked[self.known] = self.rendering.written
             self.known += 1
 
-    def next(self, turn: int, loop: object, in_order: bool) -> None:
+    def next(self, turn: int, loop: _TurnLoop, in_order: bool) -> None:
         """A loop asked for its next turn, or for the end; `in_order`: as the first, and between two turns."""
         if self.ended is loop:
             return
         self.look(turn)
         if in_order:
-            states = [_state(namespace) for namespace in self.rendering.namespaces]
+            # What was made in the loop ends with its turn, or something from before holds it and is not plain.
+            states = [_state(namespace) for namespace in self.rendering.namespaces[: loop.n_before]]
             if None not in states:
                 self.states[turn], self.loops[turn] = tuple(states), loop
         if turn == self.n_turns:
@@ -286,6 +287,7 @@ class _Turns(Sequence[Any]):
 class _TurnLoop:
     def __init__(self, items: Sequence[Any], track: _Track, first: int, buffered: bool) -> None:
         self._items, self._track, self._turn, self._buffered = items, track, first, buffered
+        self.n_before = len(track.rendering.namespaces)
 
     def __iter__(self) -> _TurnLoop:
         return self

@@ -47,6 +47,14 @@ TEMPLATES = {
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content }} "
         "{% endfor %}{% if add_generation_prompt %}{{ ns.n + 1 }}:{% endif %}"
     ),
+    "a state of each turn": (
+        "{% for m in messages %}{% set ns = namespace(text=m.content) %}[{{ m.role }}|{{ ns.text }}]{% endfor %}"
+        + PROMPT
+    ),
+    "a state that holds that of a turn": (
+        "{% set outer = namespace(x='') %}{% for m in messages %}{% set ns = namespace(text=m.content) %}"
+        "{% set outer.x = ns %}[{{ ns.text }}]{% endfor %}{{ outer.x.text }}" + PROMPT
+    ),
     "forgets earlier turns": (
         "{% for m in messages %}[{{ m.content if loop.last or m.role == 'user' else 'gone' }}]{% endfor %}"
         + PROMPT
@@ -147,7 +155,14 @@ def test_beginnings_are_found_as_if_each_were_rendered(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["chatml", "system first, then a slice", "carries a state", "looks ahead at tools"]
+    "name",
+    [
+        "chatml",
+        "system first, then a slice",
+        "carries a state",
+        "a state of each turn",
+        "looks ahead at tools",
+    ],
 )
 def test_a_chat_of_thousands_of_turns_takes_a_few_renderings(name: str):
     template, messages = ChatTemplate(TEMPLATES[name]), turns(14)[:4] + turns(2)[1:] * 1000
