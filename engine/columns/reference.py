@@ -3,13 +3,15 @@
     <cache of the data set>/reference-<weights>.npz            of every answer, good for any pack plan or layout
                             mismatched-<weights>-<steps>.npz   of mismatched answers, in the order of the steps
 
-Each file says what it was made by: weights, data and template. One that was made by others is refused.
+Each file says what it was made by: weights, data and template, and has a checksum. One that was made by others is
+refused, one that is damaged is computed anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +36,10 @@ from .fillers import StoredReference
 SAMPLE_BYTES = 1 << 12  # of each tensor, at its beginning, middle and end
 
 Score = Callable[[Iterable[list[PackedBatch]], int], np.ndarray]  # this rank's packs by step, answers in all
+
+
+class DamagedError(DataError):
+    """A file that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,19 @@ def read_reference(path: Path, mine: MadeBy) -> np.ndarray:
     """float64, by answer id.
 
     Raises:
-        DataError: not such a file, or made by other weights, data or template; it says which.
+        DamagedError: not such a file, or not as it was written.
+        DataError: made by other weights, data or template; it says which.
     """
     try:
         made_by, values = read_arrays(path, "made_by", "values")
         theirs = json.loads(str(made_by))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a file of reference log-probabilities ({error}); delete it") from None
+        digest = theirs.get("sha256", hashlib.sha256(values.tobytes()).hexdigest())  # older files have none
+        if values.dtype != np.float64 or digest != hashlib.sha256(values.tobytes()).hexdigest():
+            raise ValueError("it holds other numbers than were written")
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(
+            f"{path}: not a file of reference log-probabilities ({error}); delete it"
+        ) from None
     other = [name for name, value in asdict(mine).items() if theirs.get(name) != value]
     if other:
         raise DataError(
@@ -126,14 +138,31 @@ def read_reference(path: Path, mine: MadeBy) -> np.ndarray:
     return values
 
 
+def write_reference(path: Path, mine: MadeBy, values: np.ndarray) -> None:
+    """Keeps float64 values, by answer id; see `read_reference`."""
+    about = {**asdict(mine), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
+    with whole_file(path) as file:
+        np.savez(file, values=values, made_by=np.array(json.dumps(about)))
+
+
 def _stored(path: Path, mine: MadeBy, mesh: Mesh, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    found = torch.tensor(int(path.is_file()), device=mesh.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)  # a file system may show it to some ranks first
-    if found.item():
-        return read_reference(path, mine)
+    values = None
+    if _all_ranks(path.is_file(), mesh):  # a file system may show it to some ranks first
+        try:
+            values = read_reference(path, mine)
+        except DamagedError as error:
+            print(f"{str(error).removesuffix('; delete it')}; computed anew", file=sys.stderr)
+        if _all_ranks(values is not None, mesh):
+            assert values is not None
+            return values
     values = compute()
     if mesh.is_main:
-        with whole_file(path) as file:
-            np.savez(file, values=values, made_by=np.array(json.dumps(asdict(mine))))
+        write_reference(path, mine, values)
     mesh.barrier()
     return values
+
+
+def _all_ranks(is_so: bool, mesh: Mesh) -> bool:
+    agreed = torch.tensor(int(is_so), device=mesh.device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed.item())

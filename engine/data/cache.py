@@ -27,8 +27,8 @@ from .token_files import StoredAnswers, build, samples_key
 class TokenCache:
     """The samples to train on, each a prompt with its answers: those on disk, less the too long and the idle.
 
-    A chat is a sample of one answer. Opened by `TokenCache.open`; memory-mapped, and pickled as the way to open it
-    again. G samples.
+    A chat is a sample of one answer. Opened by `TokenCache.open`; tokens stay on disk, and it is pickled as the way
+    to open it again. G samples.
 
     Attributes:
         directory, origins, config: what it was opened with; `origins` are the sources of this set.
@@ -66,7 +66,8 @@ class TokenCache:
 
     @property
     def tokens(self) -> np.ndarray:
-        return self.stored.tokens
+        """int32, those of all answers on disk, read now."""
+        return self.stored.tokens[:]
 
     @property
     def max_token(self) -> int:
@@ -102,6 +103,8 @@ class TokenCache:
             selection += [weights, self.layout.share_prefix, Column.PAIR in self.layout.needs]
         else:
             selection += [config.nothing_to_learn, weights]
+        if self.stored.n_remade:  # samples that older versions left out under the same key
+            selection.append(self.stored.n_remade)
         return hashlib.sha256(" ".join(map(str, selection)).encode()).hexdigest()[:32]
 
     @property
@@ -116,14 +119,15 @@ class TokenCache:
 
     def last_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
-        return frozenset(np.unique(self.tokens[self.stored.starts + self.stored.lengths - 1]).tolist())
+        stored = self.stored
+        return frozenset(np.unique(stored.tokens.at(stored.starts + stored.lengths - 1)).tolist())
 
     def place(self, id_: int) -> str:
         """file:line of one sample."""
         return f"{self.origins[self.sources[id_]].path}:{self.lines[id_]}"
 
     def group(self, id_: int) -> Group:
-        """One sample; its tokens are views of the file."""
+        """One sample, read now; DataError where the files were cut since they were opened."""
         first = self.first_member[id_]
         members = self.members[first : first + self.n_answers[id_]]
         stored, about = self.stored, self.stored.answers[members]
@@ -160,7 +164,7 @@ class TokenCache:
         layout: AnswerLayout = CHATS,
         score_range: tuple[float, float] | None = None,
     ) -> TokenCache:
-        """Maps the cache in `directory`, groups its answers and selects the samples that `config` lets through.
+        """Opens the cache in `directory`, groups its answers and selects the samples that `config` lets through.
 
         Raises:
             DataError: not a whole cache; a sample too long or with nothing to learn, where that is an error; no
@@ -235,20 +239,22 @@ def build_or_open(
     score_range: tuple[float, float] | None = None,
     *,
     progress: bool,
+    verify: bool = True,
 ) -> TokenCache:
-    """The cache of `sources`, tokenised now if it is not there yet.
+    """The cache of `sources`, tokenised now if it is not there yet, or not as it was written.
 
     Args:
         sources: of one training set or one validation set, see `DataConfig.sets`.
         tokenizer_dir: a Hugging Face directory with a fast tokenizer.
         kind: what records are read as.
         layout, score_range: see TokenCache.
-        progress: show a bar while tokenising.
+        progress: show a bar while tokenising, and say what was checked.
+        verify: compare its files with their checksums.
 
     Raises:
         DataError, WeightsError: what is wrong with which line, template or tokenizer.
     """
-    directory, opened = build(config, sources, tokenizer_dir, kind, progress=progress)
+    directory, opened = build(config, sources, tokenizer_dir, kind, progress=progress, verify=verify)
     return TokenCache.open(directory, opened, config, layout, score_range)
 
 

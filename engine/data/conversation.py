@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, cast
 
 from paralign.models.errors import DataError
 
-from .turns import Message, did_you_mean, read_tools, read_turn, read_turns, shown, text
+from .turns import MOST_KEYS, Message, cut, did_you_mean, read_tools, read_turn, read_turns, shown, text
 
 RecordFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 Column = Literal[
@@ -71,7 +72,10 @@ def detect_format(record: object, place: str) -> RecordFormat:
         for name, keys in REQUIRED.items():
             if all(key in record for key in keys):
                 return name
-    found = f"the keys {', '.join(map(str, record))}" if isinstance(record, Mapping) else shown(record)
+    if isinstance(record, Mapping):
+        found = "the keys " + cut(", ".join(map(str, islice(record, MOST_KEYS))))
+    else:
+        found = shown(record)
     raise DataError(
         f"{place}: read {found}; expected an object with "
         + ", or with ".join(" and ".join(keys) for keys in REQUIRED.values())
@@ -172,7 +176,7 @@ def _check_order(conversation: Conversation) -> None:
             )
         if message.tool_calls and not conversation.tools:
             raise DataError(
-                f"{place}: turn {i} calls the tool {message.tool_calls[0].name}, and the record has no tools; "
+                f"{place}: turn {i} calls the tool {cut(message.tool_calls[0].name)}, and the record has no tools; "
                 "give their definitions under tools"
             )
         if message.role == "tool" and not calling:

@@ -23,6 +23,7 @@ from paralign.models.errors import DataError
 from ..batch import Kind
 from .config import LossOn, SourceConfig
 from .conversation import read_record, rename
+from .hashed_file import Digests
 from .preference import Preference, read_preference
 from .render import Rendered, Renderer
 from .sources import Reading, decode, read_records
@@ -81,6 +82,7 @@ class Encoded:
         n_bytes: of the source, covered by the chunk.
         bad: what was wrong with each record that was left out.
         answers: of ANSWER, one per sample where samples are answers, else empty.
+        n_remade: samples that older versions refused, see `Renderer.n_remade`.
     """
 
     source: int
@@ -92,10 +94,15 @@ class Encoded:
     n_bytes: int
     bad: tuple[str, ...]
     answers: np.ndarray
+    n_remade: int
 
 
 def encode_sources(
-    sources: Sequence[SourceConfig], readings: Sequence[Reading], rendering: Rendering, workers: int
+    sources: Sequence[SourceConfig],
+    readings: Sequence[Reading],
+    rendering: Rendering,
+    workers: int,
+    digests: Digests | None = None,
 ) -> Iterator[Encoded]:
     """Every record of `sources`, in order whatever the number of workers (0: one for each core).
 
@@ -103,12 +110,14 @@ def encode_sources(
 
     Args:
         readings: how each source's records are read.
+        digests: what the files of the sources hold, if that is to be compared with what is read.
 
     Raises:
-        DataError: a record that cannot be used, unless those are left out; the workers are ended.
+        DataError: a record that cannot be used, unless those are left out; files that are not what `digests` says.
+            The workers are ended.
     """
     renderer = rendering.open()
-    chunks = _chunks(sources, readings)
+    chunks = _chunks(sources, readings, digests)
     n_workers = workers or _cores()
     first = islice(chunks, 1 if n_workers > 1 else None)
     yield from (_encode(chunk, renderer, rendering) for chunk in first)
@@ -118,17 +127,21 @@ def encode_sources(
 def encode_record(
     record: Record, source: SourceConfig, reading: Reading, renderer: Renderer
 ) -> tuple[list[Rendered], np.ndarray]:
-    """The samples of one record: its conversation, or its answers, each behind its prompt.
+    """The samples of one record: its conversation, as one or several, or its answers, each behind its prompt.
 
     Returns:
         The samples, and of ANSWER what is known of each answer: no row for a conversation.
     """
-    value, place = rename(decode(record, source.path), source.columns), f"{source.path}:{record.line}"
-    if not isinstance(reading, Kind):
-        return [renderer(read_record(value, reading, place))], np.zeros(0, dtype=ANSWER)
-    preference = read_preference(value, reading, place)
-    samples = [renderer(conversation) for conversation in preference.conversations]
-    return samples, describe_answers(preference, samples)
+    place = f"{source.path}:{record.line}"
+    try:
+        value = rename(decode(record, source.path), source.columns)
+        if not isinstance(reading, Kind):
+            return renderer.samples(read_record(value, reading, place)), np.zeros(0, dtype=ANSWER)
+        preference = read_preference(value, reading, place)
+        samples = [renderer(conversation) for conversation in preference.conversations]
+        return samples, describe_answers(preference, samples)
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply; mend the record") from None
 
 
 def describe_answers(preference: Preference, samples: Sequence[Rendered]) -> np.ndarray:
@@ -171,6 +184,7 @@ def describe_answers(preference: Preference, samples: Sequence[Rendered]) -> np.
 def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
     samples: list[Rendered] = []
     lines, bad, answers = [], [], [np.zeros(0, dtype=ANSWER)]
+    n_remade = renderer.n_remade
     for record in chunk.records:
         try:
             found, about = encode_record(record, chunk.source, chunk.reading, renderer)
@@ -193,6 +207,7 @@ def _encode(chunk: Chunk, renderer: Renderer, rendering: Rendering) -> Encoded:
         n_bytes=sum(record.n_bytes for record in chunk.records),
         bad=tuple(bad),
         answers=np.concatenate(answers),
+        n_remade=renderer.n_remade - n_remade,
     )
 
 
@@ -249,11 +264,13 @@ def _in_processes(chunks: Iterable[Chunk], rendering: Rendering, n_workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(sources: Sequence[SourceConfig], readings: Sequence[Reading]) -> Iterator[Chunk]:
+def _chunks(
+    sources: Sequence[SourceConfig], readings: Sequence[Reading], digests: Digests | None
+) -> Iterator[Chunk]:
     for index, (source, reading) in enumerate(zip(sources, readings, strict=True)):
         records: list[Record] = []
         n_bytes = 0
-        for record in read_records(source.path):
+        for record in read_records(source.path, digests):
             records.append(record)
             n_bytes += record.n_bytes
             if n_bytes >= CHUNK_BYTES:

@@ -17,7 +17,9 @@ import numpy as np
 from paralign.models.errors import DataError
 
 from .cache import TokenCache
-from .packing import PackPlan, plan_packs
+from .packing import MIXED, PLAIN, PackPlan, plan_packs
+
+_PACKING = "/packing "  # at the end of fingerprints; older ones say nothing of packing
 
 
 def visits(sources: np.ndarray, weights: Sequence[float], *, seed: int, epoch: int) -> np.ndarray:
@@ -40,25 +42,37 @@ def visits(sources: np.ndarray, weights: Sequence[float], *, seed: int, epoch: i
     return seen
 
 
+def with_packing(fingerprint: str, packing: int) -> str:
+    """A fingerprint of samples and steps that says how they are packed, as `packing_of` reads it."""
+    return fingerprint if packing == PLAIN else f"{fingerprint}{_PACKING}{packing}"
+
+
+def packing_of(fingerprint: str) -> int:
+    """The version of the plans of a run that was saved with this fingerprint."""
+    return MIXED if _PACKING in fingerprint else PLAIN
+
+
 class Epochs:
     """The packs of each epoch, and the steps they are taken in.
 
     Args:
         global_batch_size: packs in a step.
         seed: of whose turn it is, of packing and of order.
+        packing: version of the plans, see `plan_packs`.
 
     Raises:
         DataError: weights so small that an epoch may hold no sample.
     """
 
-    def __init__(self, cache: TokenCache, *, global_batch_size: int, seed: int) -> None:
+    def __init__(self, cache: TokenCache, *, global_batch_size: int, seed: int, packing: int = MIXED) -> None:
         self._lengths, self._sources = cache.lengths, cache.sources
         self._weights = [origin.weight for origin in cache.origins]
-        # Best-fit decreasing makes as many packs whatever the seed, so that these epochs have as many steps.
-        self._alike = all(weight.is_integer() for weight in self._weights)
+        # All samples at once make as many packs whatever the seed, so that these epochs have as many steps.
+        self._alike = packing == PLAIN and all(weight.is_integer() for weight in self._weights)
         self._tokens_per_pack = cache.config.tokens_per_pack
         self._global_batch_size = global_batch_size
         self._seed = seed
+        self._packing = packing
         self.plan = lru_cache(maxsize=1)(self._plan)
         self._first_steps = [0]  # of epoch 0, 1, … as far as they were asked for
 
@@ -87,7 +101,9 @@ class Epochs:
             raise DataError(
                 f"data.train: with weights {self._weights} epoch {epoch} holds no sample; raise the weights"
             )
-        plan = plan_packs(self._lengths[ids], self._tokens_per_pack, seed=self._seed, epoch=epoch)
+        plan = plan_packs(
+            self._lengths[ids], self._tokens_per_pack, seed=self._seed, epoch=epoch, version=self._packing
+        )
         return PackPlan(ids[plan.sample_ids], plan.offsets)
 
 

@@ -63,12 +63,18 @@ def inspect_set(
             except DataError as error:
                 yield Text(f"── {source.name} ({found})\n{error}\n", style="red" if coloured else "")
                 continue
-            for sample, answer in zip(samples, ANSWERS[kind], strict=True):
+            names = ANSWERS[kind] if len(samples) == len(ANSWERS[kind]) else _parts(len(samples))
+            for sample, answer in zip(samples, names, strict=True):
                 yield (
                     Text(f"── {source.name} ({found}{answer})  {place}  {_facts(sample, config, renderer)}\n")
                     .append(_masked(renderer.pieces(sample), coloured=coloured))
                     .append("\n")
                 )
+
+
+def _parts(n: int) -> list[str]:
+    """Of a conversation that is several samples."""
+    return [f", part {i + 1} of {n}" for i in range(n)]
 
 
 def _facts(sample: Rendered, config: DataConfig, renderer: Renderer) -> str:

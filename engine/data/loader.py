@@ -14,9 +14,9 @@ import torch
 from ..batch import Column, PackedBatch, StepBatch
 from .answers import Group, mismatch, rows_of
 from .cache import TokenCache
-from .epochs import Epochs, Share, packs_of_step
+from .epochs import Epochs, Share, packs_of_step, with_packing
 from .pack import pack_groups
-from .packing import plan_packs
+from .packing import MIXED, PackPlan, plan_packs
 
 NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
 
@@ -34,6 +34,7 @@ class PackLoader:
         global_batch_size: packs in a step, over all ranks.
         seed: of the order of samples; the same on all ranks.
         share: of each step that is this rank's.
+        packing: version of the plans, see `plan_packs`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PackLoader:
         seed: int,
         share: Share,
         device: torch.device,
+        packing: int = MIXED,
     ) -> None:
         self.cache = cache
         self.needs_mismatched = Column.BASELINE in cache.layout.needs
@@ -52,13 +54,15 @@ class PackLoader:
         self._seed = seed
         self._share = share
         self._device = device
+        self._packing = packing
         self._before = [(0, 0)]  # each step, as far as they were asked for: answers and their tokens
-        self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed)
+        self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed, packing=packing)
 
     @property
     def fingerprint(self) -> str:
         """Names the sequence of steps: equal fingerprints give equal samples to equal step numbers."""
-        return f"{self.cache.fingerprint}/{self._global_batch_size}/{self._seed}"
+        steps = f"{self.cache.fingerprint}/{self._global_batch_size}/{self._seed}"
+        return with_packing(steps, self._packing)
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, from 0, over all epochs; tensors of this rank, counts of all."""
@@ -88,7 +92,7 @@ class PackLoader:
 
     def every_answer(self) -> Iterator[list[PackedBatch]]:
         """This rank's packs of each sample once, whatever the weight of its source, a step's worth at a time."""
-        plan = plan_packs(self.cache.lengths, self._tokens_per_pack, seed=self._seed, epoch=0)
+        plan = self._plan(self.cache.lengths, epoch=0)
         for mine in self._share.of_plan(plan, self.cache.lengths, self._global_batch_size):
             yield [self._pack(ids) for ids in mine]
 
@@ -124,9 +128,12 @@ class PackLoader:
             return []
         groups = _numbered(groups, self.answers_before(step))
         rows = np.array([rows_of(group, layout) for group in groups])
-        plan = plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=step)
+        plan = self._plan(rows, epoch=step)
         (mine,) = self._share.of_plan(plan, rows, len(plan))
         return [self._pack_groups([groups[i] for i in numbers]) for numbers in mine]
+
+    def _plan(self, rows: np.ndarray, *, epoch: int) -> PackPlan:
+        return plan_packs(rows, self._tokens_per_pack, seed=self._seed, epoch=epoch, version=self._packing)
 
     def _packs_of(self, step: int) -> list[np.ndarray]:
         """The samples of each pack of a step, over all ranks."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from paralign.models.errors import DataError
 
 from ..batch import Kind
 from .conversation import Conversation, conversation_of, text_or_turns
-from .turns import Message, did_you_mean, shown
+from .turns import Message, cut, did_you_mean, shown
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 _PROMPTS = ("prompt", "messages", "conversations")
@@ -165,8 +166,8 @@ def _check_same(ours: Sequence[Message], theirs: Sequence[Message], place: str, 
         at = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         start = max(0, at - 20)
         raise DataError(
-            f"{place}: two prompts that differ, from character {at} of turn {i} on: `{a[start : at + 20]}` "
-            f"({where}) and `{b[start : at + 20]}`; expected one prompt for both answers"
+            f"{place}: two prompts that differ, from character {at} of turn {i} on: `{cut(a[start : at + 20])}` "
+            f"({where}) and `{cut(b[start : at + 20])}`; expected one prompt for both answers"
         )
     if len(ours) != len(theirs):
         raise DataError(
@@ -191,6 +192,6 @@ def _scores(record: Mapping[str, Any], place: str) -> tuple[float, float]:
 
 
 def _number(value: object, place: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise DataError(f"{place}: read {shown(value)}; expected a number")
     return float(value)

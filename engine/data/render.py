@@ -9,25 +9,31 @@ Shape suffix: L tokens of a sample.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
-from paralign.models.errors import DataError
+from paralign.models.errors import DataError, RecipeError
 
-from .config import ChatTemplate, LossOn
+from . import config
+from .chat_template import ChatTemplate, Output, Span, TooMuchWork
+from .config import LossOn
 from .conversation import Conversation
+from .prefixes import Prefixes, n_shared
 from .tokenizer import open_tokenizer
+from .turns import cut
 
 _OURS = Path(__file__).parent / "templates"
+MOST_ROLES = 20  # that an error names
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Span = tuple[int, int]  # first character, end
 
 
 class Rendered(NamedTuple):
@@ -37,14 +43,18 @@ class Rendered(NamedTuple):
     learned: np.ndarray
 
 
-def template_text(chat_template: ChatTemplate) -> str | None:
+def template_text(chat_template: config.ChatTemplate) -> str | None:
     """The jinja text of a template of ours or of a file; None for the tokenizer's own."""
     if chat_template == "tokenizer":
         return None
     ours = _OURS / f"{chat_template}.jinja"
-    path = ours if ours.is_file() else Path(chat_template)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    path = Path(chat_template)
+    try:
+        path = ours if ours.is_file() else path
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # a name that cannot be one; no UTF-8
+        raise DataError(f"chat_template {path}: cannot be read ({error}); expected a jinja file") from None
     names = ["tokenizer", *sorted(file.stem for file in _OURS.glob("*.jinja"))]
     close = get_close_matches(str(chat_template), names, n=1)
     raise DataError(
@@ -56,6 +66,10 @@ def template_text(chat_template: ChatTemplate) -> str | None:
 class Renderer:
     """Renders and tokenises conversations with one tokenizer and one template.
 
+    Attributes:
+        n_remade: samples so far that older versions refused, since the template changes turns: parts of a
+            conversation, and answers that were put behind their generation prompt.
+
     Args:
         tokenizer_dir: a Hugging Face directory with a fast tokenizer.
         template: jinja text; None takes the tokenizer's own.
@@ -63,10 +77,11 @@ class Renderer:
 
     Raises:
         WeightsError: no fast tokenizer in the directory.
-        DataError: no template.
+        DataError: no template, or one that is no jinja.
     """
 
     def __init__(self, tokenizer_dir: Path, template: str | None, loss_on: LossOn) -> None:
+        self.n_remade = 0
         self.tokenizer = open_tokenizer(tokenizer_dir)
         self._backend: Any = self.tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a limit kept in tokenizer.json would cut samples in silence
@@ -75,8 +90,18 @@ class Renderer:
             raise DataError(
                 f"{tokenizer_dir}: no chat template; set chat_template: llama3, chatml, baichuan2 or a file"
             )
-        self._template = template if template is not None else self.tokenizer.get_chat_template()
-        self._marks_generation = _GENERATION.search(self._template) is not None
+        text = template if template is not None else self.tokenizer.get_chat_template()
+        try:
+            self._template = ChatTemplate(text)
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template is no jinja: {_line(error)}; mend it, or take another"
+            ) from None
+        self._marks_generation = _GENERATION.search(text) is not None
+        self._names = {
+            name: [str(one) for one in token] if isinstance(token, list) else str(token)
+            for name, token in self.tokenizer.special_tokens_map.items()
+        }
         self._loss_on = loss_on
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self._only_bos = [] if bos is None or bos == eos else [bos]
@@ -84,40 +109,82 @@ class Renderer:
         self._stops = np.setdiff1d(special + ([] if eos is None else [eos]), self._only_bos)
 
     def __call__(self, conversation: Conversation) -> Rendered:
-        """Tokens and learned tokens of one conversation.
-
-        A token is learned if any of its text lies in an assistant turn or is the token that stops it.
+        """Tokens and learned tokens of one conversation, as one sample; see `samples`.
 
         Raises:
-            DataError: the template refuses the conversation or passes over its tools; it renders a turn
-                differently once another follows, so that what the model would see at inference is not what
-                it would learn from; it marks some assistant turns with `{% generation %}`, and not this one.
+            DataError: as `samples`; several answers, of which the template changes the earlier ones.
         """
+        turns = self._turns_to_learn(conversation)
+        sample, rest = self._sample(conversation, len(conversation.messages), turns)
+        if rest:
+            raise DataError(
+                f"{conversation.place}: the chat template changes earlier turns: the text up to "
+                f"messages[{rest[-1]}] is not the beginning of the whole, so that the model would not see at "
+                "inference what it learns from; set loss_on: last, or take a template that only adds text"
+            )
+        return sample
+
+    def samples(self, conversation: Conversation) -> list[Rendered]:
+        """Tokens and learned tokens of one conversation.
+
+        A token is learned if any of its text lies in an assistant turn or is the token that stops it. Where the
+        template renders a turn differently once another follows, as those do that drop the reasoning of earlier
+        turns, the answer before is learned in a sample of its own, which ends with it: what a model sees at
+        inference is what it learns from.
+
+        Raises:
+            DataError: the template refuses the conversation or passes over its tools; no sample can be made in which
+                an answer stands behind its generation prompt; it marks some assistant turns with
+                `{% generation %}`, and not this one.
+        """
+        turns = self._turns_to_learn(conversation)
+        sample, turns = self._sample(conversation, len(conversation.messages), turns)
+        found = [sample]
+        while turns:
+            sample, turns = self._sample(conversation, turns[-1] + 1, turns)
+            found.append(sample)
+        self.n_remade += len(found) - 1
+        return found[::-1]
+
+    def _sample(
+        self, conversation: Conversation, n_turns: int, turns: list[int]
+    ) -> tuple[Rendered, list[int]]:
+        """The first turns as a sample, in which the last of `turns` are learned, and those that are not."""
         place = conversation.place
-        text, marked = self._render(
-            conversation, len(conversation.messages), return_assistant_tokens_mask=self._marks_generation
-        )
+        text, marked, spans = self._spans(conversation, n_turns, turns)
+        if turns and not spans:  # what follows the last answer changes it
+            self.n_remade += 1
+            text, marked, spans = self._spans(conversation, turns[-1] + 1, turns)
+        turns, rest = turns[len(turns) - len(spans) :], turns[: len(turns) - len(spans)]
+        tokens_L, starts, ends = self._tokens(text, place)
+        _check_tools(conversation, n_turns, text, dict(zip(turns, spans)))
+        if self._loss_on == "all":
+            return Rendered(tokens_L, _but_the_first(~np.isin(tokens_L, self._only_bos))), rest
+        learned_L = np.zeros(len(tokens_L), dtype=bool)
+        stops_L = np.isin(tokens_L, self._stops)
+        in_order = bool((np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all())
+        first = spans[0][0] if spans and (conversation.n_context or rest) else 0
+        for start, end in spans if marked is None else _within(marked, spans, turns, place):
+            start = max(start, first)  # a mark that begins before a completion stops at its prompt
+            inside_N = _tokens_in(starts, ends, start, end, in_order=in_order)
+            if marked is None:
+                inside_N = _cut_after_stop(inside_N, stops_L, text, ends, end)
+            learned_L[inside_N] = True
+        return Rendered(tokens_L, _but_the_first(learned_L)), rest
+
+    def _tokens(self, text: str, place: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int32 (L,), tokens of a text; int64 (L,), where each begins in it and ends."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = cut(error.object[error.start])
+            raise DataError(
+                f"{place}: {half} is half of a surrogate pair, which is no text; mend the record, or the template"
+            ) from None
         encoding = self._backend.encode(text, add_special_tokens=False)  # the template writes BOS itself
         tokens_L = np.array(encoding.ids, dtype=np.int32)
-        turns = self._turns_to_learn(conversation)
-        turn_spans = [self._turn_span(conversation, turn, text) for turn in turns]
-        _check_tools(conversation, text, dict(zip(turns, turn_spans)))
-        if self._loss_on == "all":
-            learned_L = ~np.isin(tokens_L, self._only_bos)
-        else:
-            learned_L = np.zeros(len(tokens_L), dtype=bool)
-            flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(tokens_L))
-            starts, ends = flat[::2], flat[1::2]
-            spans = turn_spans if marked is None else _within(marked, turn_spans, turns, place)
-            first = turn_spans[0][0] if turn_spans and conversation.n_context else 0
-            for start, end in spans:
-                start = max(start, first)  # a mark that begins before a completion stops at its prompt
-                inside = (ends > start) & (starts < end)
-                if marked is None:
-                    self._cut_after_stop(inside, tokens_L, text, ends, end)
-                learned_L |= inside
-        learned_L[:1] = False  # nothing stands before it
-        return Rendered(tokens_L, learned_L)
+        flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(tokens_L))
+        return tokens_L, flat[::2], flat[1::2]
 
     def learns_to_stop(self, sample: Rendered) -> bool:
         """Whether the sample teaches some special token, as the one that ends a turn is."""
@@ -143,54 +210,135 @@ class Renderer:
         ]
         return [] if self._loss_on == "all" else turns[-1:] if self._loss_on == "last" else turns
 
-    def _render(
-        self, conversation: Conversation, n_turns: int, **options: bool
-    ) -> tuple[str, list[Span] | None]:
-        """The text of the first turns, and the spans of it marked `{% generation %}` if these are asked for."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _spans(
+        self, conversation: Conversation, n_turns: int, turns: Sequence[int]
+    ) -> tuple[str, list[Span] | None, list[Span]]:
+        """The text of the first turns, with what is marked in it, and where the last of `turns` stand.
 
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[[message.for_template() for message in conversation.messages[:n_turns]]],
-                tools=list(conversation.tools) or None,
-                chat_template=self._template,
-                **options,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(message.role for message in conversation.messages[:n_turns])
-            raise DataError(
-                f"{conversation.place}: the chat template refuses the turns ({roles}): {error}"
-            ) from None
-        return texts[0], spans[0] if spans else None
-
-    def _turn_span(self, conversation: Conversation, turn: int, text: str) -> Span:
-        """From the end of the generation prompt of an assistant turn to the end of the turn.
-
-        Found by rendering the turns before it with a generation prompt, and the turns up to it.
+        A turn stands from the end of its generation prompt to its own end. Turns are left out from the first of
+        them on up to the last that the text changes, so that none may be left.
         """
-        before, _ = self._render(conversation, turn, add_generation_prompt=True)
-        upto = text
-        if turn + 1 < len(conversation.messages):
-            upto, _ = self._render(conversation, turn + 1)
-        for prefix in (before, upto):
-            if not text.startswith(prefix):
-                raise DataError(
-                    f"{conversation.place}: the chat template changes earlier turns: the text up to "
-                    f"messages[{turn}] is not the beginning of the whole, so that the model would not see at "
-                    "inference what it learns from; take a template that only adds text, split the "
-                    "conversation, or set loss_on: last"
-                )
-        return len(before), len(upto)
+        messages = [message.for_template() for message in conversation.messages[:n_turns]]
+        tools = list(conversation.tools) or None
 
-    def _cut_after_stop(
-        self, inside: np.ndarray, tokens_L: np.ndarray, text: str, ends: np.ndarray, end: int
-    ) -> None:
-        """Leave out the blank text that a template puts between a stop token and the next turn."""
-        stops = np.flatnonzero(inside & np.isin(tokens_L, self._stops))
-        if len(stops) and not text[ends[stops[-1]] : end].strip():
-            inside[stops[-1] + 1 :] = False
+        def render(n: int, prompted: bool, last: Mapping[str, Any] | None = None) -> Output:
+            shown = messages[:n] if last is None else [*messages[: n - 1], last]
+            return self._render(conversation, shown, tools, add_generation_prompt=prompted)
+
+        whole = render(n_turns, False)
+        text, marked = whole.text, whole.marked if self._marks_generation else None
+        prefixes = Prefixes(render, whole, n_turns, len(turns))
+        ends_with_answer = bool(turns) and turns[-1] + 1 == n_turns
+        if ends_with_answer and prefixes.length(turns[-1], text, prompted=True) is None:
+            prompt = prefixes.text(turns[-1], prompted=True)
+            put = _behind_prompt(prompt, text, messages[-1], lambda last: render(n_turns, False, last).text)
+            if put is None:
+                raise _no_answer_behind(prompt, text, conversation.place, turns[-1])
+            self.n_remade += 1
+            text, marked = put, None
+        spans: list[Span] = []
+        for turn in reversed(turns):
+            start = prefixes.length(turn, text, prompted=True)
+            is_end = turn + 1 == n_turns
+            end = len(text) if is_end else prefixes.length(turn + 1, text, prompted=False)
+            if start is None or end is None:
+                break
+            spans.append((start, end))
+        return text, marked, spans[::-1]
+
+    def _render(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
+    ) -> Output:
+        try:
+            return self._template.render(
+                messages, tools, self._names, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = [str(message["role"]) for message in messages]
+            shown = ", ".join(roles if len(roles) <= MOST_ROLES else [*roles[:MOST_ROLES], "…"])
+            raise DataError(
+                f"{conversation.place}: the chat template refuses the turns ({shown}): {_line(error)}"
+            ) from None
+        except TooMuchWork:
+            # Not a bad record: each one would take as long.
+            raise RecipeError(
+                f"{conversation.place}: the chat template does not come to its end, or writes without measure, for a "
+                "conversation of this length: a loop or repetition in it is too large; mend data.chat_template"
+            ) from None
+
+
+def _but_the_first(learned_L: np.ndarray) -> np.ndarray:
+    learned_L[:1] = False  # nothing stands before it
+    return learned_L
+
+
+def _tokens_in(starts: np.ndarray, ends: np.ndarray, start: int, end: int, *, in_order: bool) -> np.ndarray:
+    """The tokens with text between two characters; int64 (N,). `in_order`: no token begins or ends before another."""
+    if not in_order:
+        return np.flatnonzero((ends > start) & (starts < end))
+    return np.arange(np.searchsorted(ends, start, side="right"), np.searchsorted(starts, end, side="left"))
+
+
+def _cut_after_stop(
+    inside_N: np.ndarray, stops_L: np.ndarray, text: str, ends: np.ndarray, end: int
+) -> np.ndarray:
+    """Leave out the blank text that a template puts between a stop token and the next turn."""
+    stops = np.flatnonzero(stops_L[inside_N])
+    if len(stops) and not text[ends[inside_N[stops[-1]]] : end].strip():
+        return inside_N[: stops[-1] + 1]
+    return inside_N
+
+
+def _behind_prompt(
+    prompt: str, text: str, message: Mapping[str, Any], render: Callable[[Mapping[str, Any]], str]
+) -> str | None:
+    """`text` with its last answer as it stands in the data, if it then stands behind its generation prompt.
+
+    So for templates whose generation prompt begins the reasoning, and which drop the reasoning of what was said.
+    """
+    content = message["content"]
+    if not content:
+        return None
+    mark = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    parts = render({**message, "content": mark}).split(mark)
+    if len(parts) != 2:
+        return None
+    before, after = parts
+    if not (text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)):
+        return None
+    shown = text[len(before) : len(text) - len(after)]
+    for answer in (content, content.rstrip(), content.strip()):
+        if answer.endswith(shown) and (before + answer).startswith(prompt):
+            return before + answer + after
+    return None
+
+
+def _no_answer_behind(prompt: str, text: str, place: str, turn: int) -> DataError:
+    added = prompt[n_shared(prompt, text) :]
+    if len(added) > 100:
+        return DataError(
+            f"{place}: the chat template changes earlier turns: the generation prompt before messages[{turn}] is not "
+            "the beginning of the whole, so that the model would not see at inference what it learns from; take a "
+            "template that only adds text"
+        )
+    return DataError(
+        f"{place}: the generation prompt of the chat template ends with {added!r}, and the content of "
+        f"messages[{turn}] does not begin with it, so that the model would learn another answer than it is asked "
+        f"for at inference; begin the content with {added!r} and the reasoning, even an empty one, or take a "
+        "template whose generation prompt adds nothing"
+    )
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in a line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    short = said if len(said) <= 200 else said[:199] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()
 
 
 def _within(marked: list[Span], turn_spans: list[Span], turns: list[int], place: str) -> list[Span]:
@@ -200,8 +348,14 @@ def _within(marked: list[Span], turn_spans: list[Span], turns: list[int], place:
     before the turn does.
     """
     found = []
+    ends = [end for _, end in marked]
     for turn, (start, end) in zip(turns, turn_spans):
-        inside = [span for span in marked if max(start, span[0]) < min(end, span[1])]
+        inside = []
+        for span in islice(marked, bisect_left(ends, start), None):
+            if span[0] >= end:
+                break
+            if max(start, span[0]) < min(end, span[1]):
+                inside.append(span)
         if not inside:
             raise DataError(
                 f"{place}: the chat template marks nothing of messages[{turn}] with {{% generation %}}, so that "
@@ -211,14 +365,14 @@ def _within(marked: list[Span], turn_spans: list[Span], turns: list[int], place:
     return found
 
 
-def _check_tools(conversation: Conversation, text: str, spans: Mapping[int, Span]) -> None:
+def _check_tools(conversation: Conversation, n_turns: int, text: str, spans: Mapping[int, Span]) -> None:
     """Tools and calls must show in the text: a template that knows no tools drops them without a word."""
     absent = [tool["function"]["name"] for tool in conversation.tools if tool["function"]["name"] not in text]
-    for turn, message in enumerate(conversation.messages):
+    for turn, message in enumerate(conversation.messages[:n_turns]):
         start, end = spans.get(turn, (0, len(text)))
-        absent += [call.name for call in message.tool_calls if call.name not in text[start:end]]
+        absent += [call.name for call in message.tool_calls if text.find(call.name, start, end) < 0]
     if absent:
         raise DataError(
-            f"{conversation.place}: the chat template leaves out the tool {absent[0]}; take a template that "
+            f"{conversation.place}: the chat template leaves out the tool {cut(absent[0])}; take a template that "
             "renders tools, such as the model's own or chatml, or remove the tools"
         )

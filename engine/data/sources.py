@@ -11,26 +11,34 @@ from paralign.models.errors import DataError
 from ..batch import Kind
 from .config import SourceConfig
 from .conversation import REQUIRED, RecordFormat, detect_format, rename
+from .hashed_file import Digests, in_order
+from .json_value import json_value
 from .tables import Record, is_table, table_files, table_records
+from .turns import cut
 
 Reading = RecordFormat | Kind
 _SPACE = " \t\r\n"
+LONGEST = 1 << 26  # bytes of a record; a book has a hundredth
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, digests: Digests | None = None) -> Iterator[Record]:
     """The records of a source, in order.
 
     A JSON list or a JSONL file (told apart by the first character): UTF-8, with or without a byte order mark.
     JSONL is read line by line, empty lines are passed over; the text of a list is held whole, its records one
     at a time. A Parquet file or the folder of a saved data set: row by row.
 
+    Args:
+        digests: what the files must hold, compared with what was read at the end of each.
+
     Raises:
-        DataError: no such file, a broken list or table, no record. A broken line is found by `decode`.
+        DataError: no such file, a broken list or table, no record; other bytes than `digests` says. A broken line is
+            found by `decode`.
     """
     if is_table(path):
-        records = table_records(path)
+        records = table_records(path, digests)
     elif path.is_file():
-        records = _list_records(path) if _opens_a_list(path) else _line_records(path)
+        records = (_list_records if _opens_a_list(path) else _line_records)(path, digests)
     else:
         raise DataError(f"{path}: no such file")
     empty = True
@@ -57,12 +65,21 @@ def decode(record: Record, path: Path) -> object:
     content = record.content
     if isinstance(content, dict):
         return content
+    if len(content) > LONGEST:
+        raise DataError(
+            f"{path}:{record.line}: a record of {len(content):,} bytes or more; expected at most {LONGEST:,}; "
+            "split it, or write one record per line"
+        )
     try:
-        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        text = content if isinstance(content, str) else content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, record.line, error) from None
+    try:
+        return json_value(text)
     except json.JSONDecodeError as error:
         raise _broken(path, record.line + error.lineno - 1, error, "one JSON object per line") from None
+    except ValueError as error:
+        raise DataError(f"{path}:{record.line}: {error}; mend the record") from None
 
 
 def record_format(source: SourceConfig, kind: Kind = Kind.CONVERSATIONS) -> Reading:
@@ -94,23 +111,30 @@ def record_format(source: SourceConfig, kind: Kind = Kind.CONVERSATIONS) -> Read
 
 def _opens_a_list(path: Path) -> bool:
     with path.open("rb") as file:
-        for line in file:
-            text = line.removeprefix(b"\xef\xbb\xbf").strip()
+        while part := file.readline(LONGEST):
+            text = part.removeprefix(b"\xef\xbb\xbf").strip()
             if text:
                 return text.startswith(b"[")
     return False
 
 
-def _line_records(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:  # in bytes: text mode would also split at other line separators
-        for line, raw in enumerate(file, start=1):
+def _line_records(path: Path, digests: Digests | None) -> Iterator[Record]:
+    with in_order(path, digests) as file:  # in bytes: text mode would also split at other line separators
+        line = 0
+        while raw := file.readline(LONGEST + 2):
+            line += 1
+            n_bytes, part = len(raw), raw
+            while len(part) == LONGEST + 2 and not part.endswith(b"\n"):  # the rest is passed over
+                part = file.readline(LONGEST + 2)
+                n_bytes += len(part)
             content = (raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw).strip()
             if content:
-                yield Record(line, content, len(raw))
+                yield Record(line, content, n_bytes)
 
 
-def _list_records(path: Path) -> Iterator[Record]:
-    raw = path.read_bytes()
+def _list_records(path: Path, digests: Digests | None) -> Iterator[Record]:
+    with in_order(path, digests) as file:
+        raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -122,10 +146,15 @@ def _list_records(path: Path) -> Iterator[Record]:
     at = _skip(text, text.index("[") + 1)
     while text[at : at + 1] != "]":
         try:
+            line, counted = line + text.count("\n", counted, at), at
             _, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _broken_list(path, error) from None
-        line, counted = line + text.count("\n", counted, at), at
+        except (ValueError, RecursionError) as error:
+            found = (
+                "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+            )
+            raise DataError(f"{path}:{line}: {found}; mend the record") from None
         yield Record(line, text[at:end], round((end - at) * bytes_per_char))
         at = _skip(text, end)
         if text[at : at + 1] == ",":
@@ -149,7 +178,7 @@ def _broken_list(path: Path, error: json.JSONDecodeError) -> DataError:
 
 def _broken(path: Path, line: int, error: json.JSONDecodeError, expected: str) -> DataError:
     start = max(0, error.pos - 30)
-    near = error.doc[start : error.pos + 30].replace("\n", "⏎")
+    near = cut(error.doc[start : error.pos + 30].replace("\n", "⏎"))
     found = f"{error.msg} at column {error.colno}, near `{near}`"
     return DataError(f"{path}:{line}: {found}; expected {expected}")
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from paralign.models.errors import DataError
 
+from .hashed_file import Digests, anywhere, in_order
+
 if TYPE_CHECKING:  # a recipe of JSON files must not wait for pyarrow
     import pyarrow as pa
 
@@ -63,13 +65,13 @@ def table_files(folder: Path) -> list[Path]:
     return files
 
 
-def table_records(path: Path) -> Iterator[Record]:
+def table_records(path: Path, digests: Digests | None = None) -> Iterator[Record]:
     """The rows, numbered from 1.
 
     Arrow gives every struct the keys of all, null where a row has none: null keys inside a row are left out.
 
     Raises:
-        DataError: no such file; not a table.
+        DataError: no such file; not a table; files that are not what `digests` says.
     """
     import pyarrow as pa
 
@@ -77,32 +79,33 @@ def table_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: no such file")
     row_number = 0
     try:
-        for batch, n_bytes in _folder_batches(path) if path.is_dir() else _parquet_batches(path):
+        batches = _folder_batches if path.is_dir() else _parquet_batches
+        for batch, n_bytes in batches(path, digests):
             for row in batch.to_pylist():
                 row_number += 1
                 content = {key: _without_null(value) for key, value in row.items()}
                 yield Record(row_number, content, n_bytes // batch.num_rows)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
         kind = "a saved data set" if path.is_dir() else "a Parquet file"
         found = str(error).splitlines()[0]
         raise DataError(f"{path}: not {kind} that can be read ({found}); write it again") from None
 
 
-def _folder_batches(folder: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+def _folder_batches(folder: Path, digests: Digests | None) -> Iterator[tuple[pa.RecordBatch, int]]:
     import pyarrow as pa
 
-    for file in table_files(folder):
-        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+    for path in table_files(folder):
+        with in_order(path, digests) as file, pa.ipc.open_stream(file) as stream:
             for batch in stream:
                 yield batch, batch.nbytes
 
 
-def _parquet_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+def _parquet_batches(path: Path, digests: Digests | None) -> Iterator[tuple[pa.RecordBatch, int]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(ROWS_PER_BATCH):
+    with anywhere(path, digests) as file, parquet.ParquetFile(file) as table:
+        bytes_per_row = path.stat().st_size / max(1, table.metadata.num_rows)
+        for batch in table.iter_batches(ROWS_PER_BATCH):
             yield batch, round(batch.num_rows * bytes_per_row)
 
 

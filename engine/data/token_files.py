@@ -4,11 +4,14 @@
                          weights.bin   float32, what each token counts in the loss; 0 where it is not learned
                          samples.npz   per answer: lengths, n_loss, token_weights, lines, sources
                          answers.npy   only of preferences: per answer a row of ANSWER
-                         meta.json     n_tokens, max_token, paths; per source n_bad; first_bad
+                         meta.json     n_tokens, max_token, paths; per source n_bad; first_bad; n_remade
+                         checksums.json   of all these
 
 The key names the samples, and the ending this form of their files: fingerprints of runs are made of the key, so that
 they outlive the form. A directory is written under a temporary name and renamed, so that one of the final name is
-complete; of two processes that write the same one, the first to end wins. N answers.
+complete; of two processes that write the same one, the first to end wins. What is not as it was written is made
+anew. Sources are hashed for the key, and again as they are tokenised: what is kept under a key is made of its bytes.
+N answers.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,9 @@ from paralign.models.errors import DataError
 
 from ..batch import Kind
 from ..files.array_file import read_array, read_arrays
-from ..files.whole_file import name_directory
+from ..files.checksums import broken_file, has_checksums, write_checksums
+from ..files.number_file import NumberFile
+from ..files.whole_file import name_directory, replace_directory
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
 from .render import template_text
@@ -40,6 +46,7 @@ from .tokenizer import TOKENIZER_FILES
 
 VERSION = 2  # of what render makes of a conversation; part of the key
 FORM = ".v3"  # of the files above
+SAID = 10**9  # bytes from which on it is said how long checking took
 SAMPLES, ANSWERS = "samples.npz", "answers.npy"
 COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
 CHAT = np.array(
@@ -52,17 +59,18 @@ class StoredAnswers:
     """What lies in a directory: every answer that was rendered, kept or not.
 
     Attributes:
-        tokens, weights: the files, memory-mapped.
+        tokens, weights: the files, read as far as they are asked for.
         starts, lengths: int64 (N,), where each answer begins in them, and its tokens, prompt included.
         n_loss: int64 (N,), tokens to be predicted.
         token_weights: float64 (N,), what they count together.
         lines, sources: (N,), the line that each begins at, and the index of its source.
         answers: of ANSWER (N,), that of a chat where there is no such file.
         has_answers: whether there is.
+        n_remade: samples that older versions refused, see `Renderer.n_remade`.
     """
 
-    tokens: np.ndarray
-    weights: np.ndarray
+    tokens: NumberFile
+    weights: NumberFile
     starts: np.ndarray
     lengths: np.ndarray
     n_loss: np.ndarray
@@ -74,22 +82,24 @@ class StoredAnswers:
     max_token: int
     n_bad: tuple[int, ...]
     first_bad: str
+    n_remade: int
 
     @classmethod
     def read(cls, directory: Path) -> StoredAnswers:
-        """Maps the files of a directory; raises DataError if they are not whole."""
+        """Opens the files of a directory; raises DataError if they are not whole."""
         try:
             meta = json.loads((directory / "meta.json").read_text())
             about: dict[str, Any] = {name: meta[name] for name in ("max_token", "first_bad")} | {
-                "n_bad": tuple(meta["n_bad"])
+                "n_bad": tuple(meta["n_bad"]),
+                "n_remade": meta.get("n_remade", 0),
             }
             n_tokens = meta["n_tokens"]
             columns: dict[str, Any] = dict(zip(COLUMNS, read_arrays(directory / SAMPLES, *COLUMNS)))
             lengths = columns["lengths"]
             has_answers = (directory / ANSWERS).is_file()
             answers = read_array(directory / ANSWERS) if has_answers else np.broadcast_to(CHAT, len(lengths))
-            tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
-            weights = np.memmap(directory / "weights.bin", dtype=np.float32, mode="r")
+            tokens = NumberFile(directory / "tokens.bin", np.int32)
+            weights = NumberFile(directory / "weights.bin", np.float32)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
         if not len(tokens) == len(weights) == n_tokens == lengths.sum():
@@ -112,6 +122,26 @@ class StoredAnswers:
             self.token_weights[i] = weights.sum(dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a cache is made of, and its name.
+
+    Attributes:
+        directory: of the cache.
+        sources: with their formats.
+        template: its text.
+        digests: SHA-256 of each file of the sources.
+        tokenizer: SHA-256 of each file of the tokenizer, by name.
+    """
+
+    directory: Path
+    sources: tuple[SourceConfig, ...]
+    kind: Kind
+    template: str | None
+    digests: Mapping[Path, bytes]
+    tokenizer: Mapping[str, bytes]
+
+
 def build(
     config: DataConfig,
     sources: Sequence[SourceConfig],
@@ -119,22 +149,89 @@ def build(
     kind: Kind,
     *,
     progress: bool,
-) -> tuple[Path, list[SourceConfig]]:
+    verify: bool = True,
+) -> tuple[Path, Sequence[SourceConfig]]:
     """The directory of the cache, made now if it is not there yet, and the sources it was made of.
 
     Args:
         kind: what records are read as.
+        progress: say what takes long.
+        verify: compare a cache that is there with its checksums; one that is not as it was written is made anew.
     """
-    sources = [source.model_copy(update={"format": source.format or config.format}) for source in sources]
-    directory = cache_directory(config, sources, tokenizer_dir, kind)
+    content = content_of(config, sources, tokenizer_dir, kind)
+    directory = content.directory
     if not directory.is_dir():
         older = directory.with_name(samples_key(directory))
         if older.is_dir() and progress:
             print(
                 f"{older}: tokens in an older form, not read; made anew in {directory.name}", file=sys.stderr
             )
-        _build(directory, config, sources, tokenizer_dir, kind, progress)
-    return directory, sources
+        _build(content, config, tokenizer_dir, progress)
+    elif verify and (fault := _fault(directory, progress)):
+        print(f"{directory}: {fault}; made anew from the data", file=sys.stderr)
+        _build(content, config, tokenizer_dir, progress)
+    return directory, content.sources
+
+
+def _fault(directory: Path, progress: bool) -> str | None:
+    """What is not as it was written, in a cache that is there."""
+    try:
+        if not has_checksums(directory):
+            StoredAnswers.read(directory)
+            if progress:
+                print(
+                    f"{directory}: tokens of an older version, without checksums: not checked",
+                    file=sys.stderr,
+                )
+            return None
+        start = time.perf_counter()
+        if fault := broken_file(directory):
+            return fault
+        StoredAnswers.read(directory)
+    except DataError as error:
+        return str(error).removeprefix(f"{directory}: ").removesuffix("; delete it")
+    n_bytes, seconds = sum(file.stat().st_size for file in directory.iterdir()), time.perf_counter() - start
+    if progress and n_bytes >= SAID:
+        rate = n_bytes / 1e9 / seconds
+        print(
+            f"{directory}: {n_bytes / 1e9:,.1f} GB checked in {seconds:,.0f} s, {rate:.1f} GB/s",
+            file=sys.stderr,
+        )
+    return None
+
+
+def content_of(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    tokenizer_dir: Path,
+    kind: Kind = Kind.CONVERSATIONS,
+) -> Content:
+    """What the cache of some sources is made of, read now."""
+    key = hashlib.sha256()
+
+    def add(name: str, content: bytes) -> None:
+        key.update(f"{name} {len(content)}\n".encode() + content)
+
+    template = template_text(config.chat_template)
+    tokenizer, digests = _tokenizer_digests(tokenizer_dir), dict[Path, bytes]()
+    add("version", str(VERSION).encode())
+    add("loss_on", config.loss_on.encode())
+    add("bad_record", config.bad_record.encode())
+    add("kind", kind.value.encode())
+    add("template", (template or "").encode())
+    for name, digest in tokenizer.items():
+        add(name, digest)
+    sources = tuple(
+        source.model_copy(update={"format": source.format or config.format}) for source in sources
+    )
+    for source in sources:
+        add("format", str(source.format).encode())
+        add("columns", json.dumps(source.columns, sort_keys=True).encode())
+        for file in content_files(source.path):
+            digests[file] = _digest(file)
+            add("content", digests[file])
+    directory = config.cache_dir / f"{key.hexdigest()[:32]}{FORM}"
+    return Content(directory, sources, kind, template, digests, tokenizer)
 
 
 def cache_directory(
@@ -143,26 +240,12 @@ def cache_directory(
     tokenizer_dir: Path,
     kind: Kind = Kind.CONVERSATIONS,
 ) -> Path:
-    """Where the cache of this content is, or will be: a process that waits for another one looks here."""
-    key = hashlib.sha256()
+    """Where the cache of this content is, or will be."""
+    return content_of(config, sources, tokenizer_dir, kind).directory
 
-    def add(name: str, content: bytes) -> None:
-        key.update(f"{name} {len(content)}\n".encode() + content)
 
-    add("version", str(VERSION).encode())
-    add("loss_on", config.loss_on.encode())
-    add("bad_record", config.bad_record.encode())
-    add("kind", kind.value.encode())
-    add("template", (template_text(config.chat_template) or "").encode())
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            add(name, _digest(tokenizer_dir / name))
-    for source in sources:
-        add("format", (source.format or config.format).encode())
-        add("columns", json.dumps(source.columns, sort_keys=True).encode())
-        for file in content_files(source.path):
-            add("content", _digest(file))
-    return config.cache_dir / f"{key.hexdigest()[:32]}{FORM}"
+def _tokenizer_digests(directory: Path) -> dict[str, bytes]:
+    return {name: _digest(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
 
 
 def samples_key(directory: Path) -> str:
@@ -171,32 +254,34 @@ def samples_key(directory: Path) -> str:
 
 
 def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _build(
-    directory: Path,
-    config: DataConfig,
-    sources: Sequence[SourceConfig],
-    tokenizer_dir: Path,
-    kind: Kind,
-    progress: bool,
-) -> None:
+def _build(content: Content, config: DataConfig, tokenizer_dir: Path, progress: bool) -> None:
+    directory, sources = content.directory, content.sources
     rendering = Rendering(
-        tokenizer_dir,
-        template_text(config.chat_template),
-        config.loss_on,
-        skip_bad=config.bad_record == "skip",
+        tokenizer_dir, content.template, config.loss_on, skip_bad=config.bad_record == "skip"
     )
-    readings = [record_format(source, kind) for source in sources]
+    readings = [record_format(source, content.kind) for source in sources]
     try:
         with _unfinished(directory) as temporary:
             with _advance(sources, shown=progress) as advance:
-                stream = encode_sources(sources, readings, rendering, config.workers)
+                stream = encode_sources(sources, readings, rendering, config.workers, content.digests)
                 _write(temporary, stream, sources, advance)
+            if _tokenizer_digests(tokenizer_dir) != content.tokenizer:
+                raise DataError(
+                    f"{tokenizer_dir}: the tokenizer's files changed while it was used; start again"
+                )
+            write_checksums(temporary, sorted(file.name for file in temporary.iterdir()))
+            if broken := directory.is_dir() and _fault(directory, progress=False):
+                replace_directory(temporary, directory)
             try:
-                name_directory(temporary, directory)
+                if not broken:
+                    name_directory(temporary, directory)
             except OSError:
                 if not directory.is_dir():
                     raise
@@ -236,7 +321,7 @@ def _write(
 ) -> None:
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     answers = []
-    max_token, n_stops = 0, 0
+    max_token, n_stops, n_remade = 0, 0, 0
     n_bad, first_bad = [0] * len(origins), ""
     with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
         for chunk in stream:
@@ -250,6 +335,7 @@ def _write(
             columns["sources"].append(np.full(len(chunk.lengths), chunk.source, dtype=np.int32))
             max_token = max(max_token, int(chunk.tokens.max(initial=0)))
             n_stops += chunk.n_stops
+            n_remade += chunk.n_remade
             answers.append(chunk.answers)
             n_bad[chunk.source] += len(chunk.bad)
             first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
@@ -275,6 +361,7 @@ def _write(
         "paths": [str(origin.path) for origin in origins],
         "n_bad": n_bad,
         "first_bad": first_bad,
+        "n_remade": n_remade,
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
 

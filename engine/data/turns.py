@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from paralign.models.errors import DataError
+
+from .json_value import json_value
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -23,6 +26,7 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "observation": "tool",
     "tool": "tool",
 }
+MOST_KEYS = 50  # of a record, and letters of each, that an error looks at
 # Keys that would change what is learned if they were passed over in silence.
 UNSUPPORTED = {
     "function_call": "OpenAI's older form of a tool call is not read; write it as tool_calls",
@@ -197,26 +201,36 @@ def _optional(turn: Mapping[str, Any], key: str, place: str) -> str | None:
 
 def _decoded(value: str, place: str, expected: str) -> Any:
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: read {shown(value)} ({error.msg}); expected {expected}") from None
+        return json_value(value)
+    except ValueError as error:
+        found = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{place}: read {shown(value)} ({found}); expected {expected}") from None
 
 
 def did_you_mean(record: object, expected: Sequence[str]) -> str:
     """The end of an error: which key of `record` may have been meant as one that is expected."""
-    for key in record if isinstance(record, Mapping) else ():
-        close = get_close_matches(str(key).lower(), expected, n=1)
+    for key in islice(record, MOST_KEYS) if isinstance(record, Mapping) else ():
+        close = get_close_matches(str(key)[:MOST_KEYS].lower(), expected, n=1)
         if close and key not in expected:
-            return f"; {key}: did you mean {close[0]}?"
+            return f"; {cut(str(key))}: did you mean {close[0]}?"
     return ""
 
 
 def _close(value: object, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = get_close_matches(str(value).lower(), list(known), n=1)
+    close = get_close_matches(cut(str(value)).lower(), list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def shown(value: object) -> str:
     """A value as it stood in the file, cut to what fits a line."""
-    written = json.dumps(value, ensure_ascii=False, default=str)
-    return written if len(written) <= 80 else written[:77] + "…"
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):
+        return "a value that is nested too deeply, or a number with too many digits"
+    return cut(written)
+
+
+def cut(text: str) -> str:
+    """Text, cut to what fits a line; half of a surrogate pair, which no terminal takes, as its escape."""
+    short = text if len(text) <= 80 else text[:77] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()

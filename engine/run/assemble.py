@@ -156,6 +156,7 @@ def build_steps(report: CheckReport, policy: Model, read: Read) -> dict[str, Ste
             seed=train.seed,
             share=Share(mesh.dp.rank, mesh.dp.size, mesh.layout.micro_batch_multiple),
             device=mesh.device,
+            packing=report.packing,
         )
         for name, cache in report.caches.items()
     }

@@ -16,10 +16,11 @@ from rich.panel import Panel
 
 from paralign.models import parameter_count
 from paralign.models.arch import Arch
-from paralign.models.errors import DataError, RecipeError, WeightsError
+from paralign.models.errors import CheckpointError, DataError, RecipeError, WeightsError
 
 from ..backends import check_backend
 from ..batch import Head
+from ..checkpoint import store
 from ..checkpoint.hf import arch_of
 from ..checkpoint.source import open_source
 from ..columns.sources import BASELINE, DATA, REFERENCE, Source, in_order
@@ -28,7 +29,8 @@ from ..config.optimizer import warmup_steps
 from ..data.answers import AnswerLayout
 from ..data.cache import TokenCache, build_or_open
 from ..data.config import SourceConfig
-from ..data.epochs import Epochs, StepStatistics, step_statistics
+from ..data.epochs import Epochs, StepStatistics, packing_of, step_statistics
+from ..data.packing import MIXED
 from ..data.tokenizer import largest_id
 from ..files.refused import check_writable
 from ..objectives import AnswerSection, Objective, ReferenceSection, build_objective
@@ -55,6 +57,7 @@ class CheckReport:
         caches: tokens by set: `train`, and `validation/NAME`.
         steps: what the training steps of an epoch hold.
         total_steps: optimizer steps of the run.
+        packing: version of the plans of packs, that of the run's checkpoints if it has any.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class CheckReport:
     caches: Mapping[str, TokenCache]
     steps: StepStatistics
     total_steps: int
+    packing: int
 
     @property
     def save_seconds(self) -> float:
@@ -125,12 +129,15 @@ class CheckReport:
         return facts_block("paralign", self.facts())
 
 
-def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) -> CheckReport:
+def check(
+    recipe: Recipe, gpus: int | None = None, *, progress: bool = False, verify: bool = True
+) -> CheckReport:
     """Checks a recipe, tokenising its data if that was not done before.
 
     Args:
         gpus: what the layout is checked for; None is one copy of the model, tp × pp.
         progress: show a bar while tokenising.
+        verify: compare tokens with their checksums.
 
     Raises:
         RecipeError, LayoutError, WeightsError, DataError: the first part that is wrong.
@@ -150,9 +157,10 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
     check_backend(recipe.model, arch)
     check_installed(recipe.observe)
     _check_files(recipe, arch)
-    caches = _open_sets(recipe, arch, progress=progress)
+    caches = _open_sets(recipe, arch, progress=progress, verify=verify)
     samples = caches["train"]
-    epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed)
+    packing = packing_of_run(recipe.run_dir)
+    epochs = Epochs(samples, global_batch_size=train.global_batch_size, seed=train.seed, packing=packing)
     steps = step_statistics(
         epochs.plan(0),
         samples.lengths,
@@ -171,7 +179,18 @@ def check(recipe: Recipe, gpus: int | None = None, *, progress: bool = False) ->
         caches,
         steps,
         total_steps,
+        packing,
     )
+
+
+def packing_of_run(run_dir: Path) -> int:
+    """How a run packs its samples: as its newest readable checkpoint says, or as new runs do."""
+    for checkpoint in reversed(store.complete(run_dir / "checkpoints")):
+        try:
+            return packing_of(store.read_progress(checkpoint).data)
+        except CheckpointError:  # a run that cannot go on from it says so
+            continue
+    return MIXED
 
 
 def _arch_to_train(recipe: Recipe, objective: Objective) -> Arch:
@@ -193,7 +212,9 @@ def sources_of_columns(recipe: Recipe) -> list[Source]:
     return in_order(objective.needs, DATA[objective.reads], [*others, BASELINE])
 
 
-def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool) -> TokenCache:
+def open_set(
+    recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool, verify: bool = True
+) -> TokenCache:
     """The tokens of one set, as the objective reads its records."""
     section = recipe.objective
     objective = build_objective(section)
@@ -210,6 +231,7 @@ def open_set(recipe: Recipe, sources: Sequence[SourceConfig], *, progress: bool)
         layout,
         range_of_scores,
         progress=progress,
+        verify=verify,
     )
 
 
@@ -229,11 +251,11 @@ def _check_files(recipe: Recipe, arch: Arch) -> None:
     _check_vocabulary(largest_id(recipe.tokenizer_dir), recipe, arch)
 
 
-def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool) -> dict[str, TokenCache]:
+def _open_sets(recipe: Recipe, arch: Arch, *, progress: bool, verify: bool) -> dict[str, TokenCache]:
     """The tokens of every set, which the model can take."""
     caches = {}
     for name, sources in recipe.data.sets.items():
-        cache = caches[name] = open_set(recipe, sources, progress=progress)
+        cache = caches[name] = open_set(recipe, sources, progress=progress, verify=verify)
         _check_vocabulary(cache.max_token, recipe, arch)
         if (longest := int(cache.lengths.max())) > arch.max_position_embeddings:
             raise RecipeError(

@@ -108,7 +108,8 @@ def meet_and_train(
     ) as opened:
         world_store.append(opened)
         with _rank_0_first(env, opened):
-            report = check(recipe, env.world_size, progress=env.rank == 0)
+            # One rank of each machine checks what is on disk: all would read it again and again.
+            report = check(recipe, env.world_size, progress=env.rank == 0, verify=env.local_rank == 0)
         return train(report, stop, local_rank=env.local_rank, replay_step=replay_step)
 
 

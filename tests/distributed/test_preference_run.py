@@ -84,6 +84,11 @@ def test_the_stored_reference_serves_every_layout_and_nobody_else(toy: Path, ran
     finally:
         stored.write_bytes(whole)
 
+    stored.write_bytes(whole[: len(whole) // 2])
+    ranks.run(2, train_recipe, _recipe(toy, "after damage", {}, DPO))
+    assert stored.read_bytes() == whole
+    assert _losses(toy / "after damage") == _losses(toy / "first")
+
 
 def test_kto_is_the_same_however_it_is_divided(toy: Path, ranks: RankPool) -> None:
     ranks.run(1, train_recipe, _recipe(toy, "kto-1", {}, KTO))

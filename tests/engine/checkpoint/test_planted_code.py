@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -110,7 +111,9 @@ def _saved(save: Callable[..., None], array: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
-def test_what_is_only_damaged_is_called_that(project: Path, native: Path, damage: str) -> None:
+def test_what_is_only_damaged_is_called_that(
+    project: Path, native: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = DAMAGE[damage]
     metadata = native / ".metadata"
     metadata.write_bytes(changed(metadata.read_bytes()))
@@ -121,9 +124,10 @@ def test_what_is_only_damaged_is_called_that(project: Path, native: Path, damage
         for path in project.glob(f"cache/*/{file}"):
             whole = path.read_bytes()
             path.write_bytes(changed(whole))
-            with pytest.raises(ParalignError, match=r"not a cache of tokens \(.*delete it"):
-                _opened_by_check()
-            path.write_bytes(whole)
+            (path.parent / "checksums.json").unlink(missing_ok=True)  # so that the file itself has to tell
+            _opened_by_check()
+            assert re.search(r"not a cache of tokens \(.*made anew", capsys.readouterr().err)
+            assert path.read_bytes() == whole
 
 
 def test_metadata_that_leads_out_of_the_directory(native: Path) -> None:
@@ -165,7 +169,16 @@ DPO = [
     [([], "samples.npz"), (DPO, "samples.npz"), (DPO, "answers.npy")],
     ids=["chats", "answers", "answers' table"],
 )
-def test_a_token_cache(project: Path, harm: Harm, overrides: list[str], file: str) -> None:
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "none"])
+def test_a_token_cache(
+    project: Path,
+    harm: Harm,
+    overrides: list[str],
+    file: str,
+    checksums: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is made anew; of one of an older version, without checksums, the file itself has to tell."""
     pairs = [{"prompt": "hi " * (i % 5 + 1), "chosen": "yo", "rejected": "hi"} for i in range(40)]
     (project / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     _opened_by_check(*overrides)
@@ -176,8 +189,12 @@ def test_a_token_cache(project: Path, harm: Harm, overrides: list[str], file: st
             with np.load(path) as table:
                 columns = dict(table)
             np.savez(path, **columns | {"lengths": np.array([harm], dtype=object)})
-    with pytest.raises(ParalignError, match=rf"not a cache of \w+ \(.*{MORE}"):
-        _opened_by_check(*overrides)
+        if not checksums:
+            (path.parent / "checksums.json").unlink()
+    _opened_by_check(*overrides)
+    said = capsys.readouterr().err
+    assert "made anew from the data" in said
+    assert checksums or re.search(rf"not a cache of \w+ \(.*{MORE}", said)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,8 +1,10 @@
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,19 +15,24 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from paralign.engine.data import encode as encode_module
 from paralign.engine.data import token_files
 from paralign.engine.data.cache import TokenCache, build_or_open, stop_token
 from paralign.engine.data.config import DataConfig, SourceConfig
 from paralign.engine.data.conversation import read_record
+from paralign.engine.data.inspect import inspect_set
 from paralign.engine.data.render import Renderer, template_text
 from paralign.engine.data.token_files import cache_directory
+from paralign.engine.files import whole_file
 from paralign.engine.processes.stop import Stop
 from paralign.models.errors import DataError
 
 from .conftest import chat
+from .test_render import THINKING
 
 Write = Callable[..., Path]
 Make = Callable[..., DataConfig]
@@ -208,16 +215,184 @@ def test_of_two_builders_the_first_to_end_wins(
     assert len(list(config.cache_dir.iterdir())) == 1
 
 
-@pytest.mark.parametrize("damage", ["meta.json", "tokens.bin", "half of tokens.bin"])
-def test_a_damaged_cache_is_an_error(tokenizer_dir: Path, write_jsonl: Write, data_config: Make, damage: str):
+FILES = ("meta.json", "tokens.bin", "weights.bin", "samples.npz", "checksums.json")
+
+
+def damaged(content: bytes, damage: str) -> bytes:
+    """Half of it, a bit turned in its middle, or as many zeros."""
+    middle = len(content) // 2
+    return {
+        "half": content[:middle],
+        "a bit of": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "zeros for": bytes(len(content)),
+    }[damage]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["no", "half", "a bit of", "zeros for"])
+def test_a_cache_that_is_not_as_it_was_written_is_made_anew(
+    tokenizer_dir: Path,
+    write_jsonl: Write,
+    data_config: Make,
+    damage: str,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+):
     config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
-    path = build(config, tokenizer_dir).directory / damage.removeprefix("half of ")
-    if damage.startswith("half"):
-        path.write_bytes(path.read_bytes()[: 4 * 20])
-    else:
+    first = build(config, tokenizer_dir)
+    tokens, path = first.tokens, first.directory / name
+    before = first.group(1)
+    if damage == "no":
         path.unlink()
-    with pytest.raises(DataError, match="delete it"):
+    else:
+        path.write_bytes(damaged(path.read_bytes(), damage))
+    again = build(config, tokenizer_dir)
+    assert np.array_equal(again.tokens, tokens)
+    assert np.array_equal(again.group(1).answers[0].tokens, before.answers[0].tokens)
+    assert again.fingerprint == first.fingerprint
+    if (damage, name) != ("no", "checksums.json"):  # which is how caches of older versions are
+        assert f"{first.directory}: " in (said := capsys.readouterr().err)
+        assert "made anew from the data" in said
+    assert build(config, tokenizer_dir).n_bad == (0,)
+    assert capsys.readouterr().err == ""
+    assert [path.name for path in config.cache_dir.iterdir()] == [first.directory.name]
+
+
+def test_a_cache_of_an_older_version_is_taken_as_it_is_and_says_so(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, capsys: pytest.CaptureFixture[str]
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    first = build(config, tokenizer_dir)
+    (first.directory / "checksums.json").unlink()
+    before = (first.directory / "tokens.bin").stat().st_ino
+    again = build_or_open(config, config.train, tokenizer_dir, progress=True)
+    assert (again.directory / "tokens.bin").stat().st_ino == before
+    assert "without checksums: not checked" in capsys.readouterr().err
+
+
+def test_a_conversation_may_be_several_samples_which_the_fingerprint_says(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    """Older versions refused or skipped it, under the same key: a run of theirs must not meet other samples."""
+    (tmp_path / "mine.jinja").write_text(THINKING)
+    answers = [f"<think>\nfine {i}?\n</think>thank you" for i in range(2)]
+    records = [chat("hello", answers[0], "and you?", answers[1]), chat("hello", answers[0])]
+    path = write_jsonl("a.jsonl", records)
+    config = data_config(path, chat_template=tmp_path / "mine.jinja", tokens_per_pack=512, bad_record="skip")
+    cache = build(config, tokenizer_dir)
+    assert cache.lines.tolist() == [1, 1, 2]
+    assert cache.n_bad == (0,)
+    key = cache.directory.name.removesuffix(".v3")
+    as_before = f"{key} 512 error error [1.0]"
+    assert cache.fingerprint == hashlib.sha256(f"{as_before} 4".encode()).hexdigest()[:32]
+    text = "".join(
+        block.plain for block in inspect_set(config, "train", tokenizer_dir, n_samples=2, coloured=False)
+    )
+    assert "a (messages, part 2 of 2)" in text
+
+
+def test_every_file_of_a_cache_is_on_the_disk_before_it_has_its_name(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    synced: list[str] = []
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".v3":
+            assert {*FILES, Path(source).name} <= set(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(whole_file, "sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(os, "replace", replace)
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    assert build(config, tokenizer_dir).directory.parent.name == synced[-1] == "cache"
+
+
+def test_what_takes_long_to_check_says_so(
+    tokenizer_dir: Path,
+    write_jsonl: Write,
+    data_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    build(config, tokenizer_dir)
+    monkeypatch.setattr(token_files, "SAID", 0)
+    build_or_open(config, config.train, tokenizer_dir, progress=True)
+    assert re.search(r"\.v3: 0\.0 GB checked in 0 s, [\d.]+ GB/s", capsys.readouterr().err)
+    build_or_open(config, config.train, tokenizer_dir, progress=True, verify=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_cache_that_cannot_be_made_anew_is_an_error(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS), tokens_per_pack=512)
+    path = build(config, tokenizer_dir).directory / "tokens.bin"
+    path.write_bytes(damaged(path.read_bytes(), "a bit of"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_files, "_write", full)
+    with pytest.raises(DataError, match=r"the cache cannot be written: .*No space left"):
         build(config, tokenizer_dir)
+    assert path.is_file()
+
+
+def test_a_cache_that_is_cut_in_a_run_is_an_error_and_no_crash(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make
+):
+    records = [chat("hello", "fine. " * 40)] * 300
+    cache = build(data_config(write_jsonl("a.jsonl", records), tokens_per_pack=512), tokenizer_dir)
+    os.truncate(cache.directory / "tokens.bin", 100)
+    with pytest.raises(DataError, match=r"tokens.bin: was cut to [\d,]+ of [\d,]+ bytes since it was opened"):
+        cache.group(len(cache) - 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+def test_data_that_change_before_they_are_tokenised_are_an_error(
+    tokenizer_dir: Path, data_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """Between the digest that names the cache and the reading: tokens of others would lie under its name."""
+    path = tmp_path / {"folder": "saved", "parquet": "a.parquet"}.get(kind, "a.jsonl")
+
+    def write(records: list[object]) -> None:
+        if kind in ("jsonl", "json"):
+            lines = [json.dumps(record) for record in records]
+            text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
+            path.with_suffix(".new").write_text(text)
+            path.with_suffix(".new").replace(path)
+            return
+        table = pa.Table.from_pylist(records)
+        if kind == "parquet":
+            parquet.write_table(table, path)
+            return
+        path.mkdir(exist_ok=True)
+        with (
+            pa.OSFile(str(path / "data.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table)
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+    write(list(RECORDS))
+    digests = token_files.content_of
+
+    def then_change(*arguments: object) -> object:
+        found = digests(*arguments)  # type: ignore[arg-type]
+        write([chat("hello", "fine, thank YOU."), *RECORDS[1:]])
+        return found
+
+    config = data_config(path, tokens_per_pack=512)
+    with monkeypatch.context() as patched:
+        patched.setattr(token_files, "content_of", then_change)
+        with pytest.raises(
+            DataError, match=r"a(ved/data)?\.\w+: changed while it was tokenised; .*start again"
+        ):
+            build(config, tokenizer_dir)
+    assert list(config.cache_dir.iterdir()) == []
+    assert len(build(config, tokenizer_dir)) == 3
 
 
 def test_a_pickled_cache_is_the_way_to_open_it_again(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,13 +11,16 @@ from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
 from paralign.engine.data.epochs import (
     Epochs,
+    Share,
     assign,
+    packing_of,
     packs_of_step,
     step_statistics,
     steps_per_epoch,
     visits,
 )
-from paralign.engine.data.packing import plan_packs
+from paralign.engine.data.loader import PackLoader
+from paralign.engine.data.packing import MIXED, PLAIN, plan_packs
 from paralign.models.errors import DataError
 
 from .conftest import chat
@@ -88,6 +92,26 @@ def test_steps_are_numbered_through_all_epochs(
     again = Epochs(cache, global_batch_size=2, seed=1)
     assert again.locate(len(expected) - 1) == expected[-1]  # asked for alone, as a resumed run does
     assert np.array_equal(again.plan(3).sample_ids, epochs.plan(3).sample_ids)
+
+
+def test_a_run_goes_on_with_the_packing_that_it_was_saved_with(make_cache: Callable[..., TokenCache]):
+    cache = make_cache(1, 2)
+
+    def loader(**packing: int) -> PackLoader:
+        share = Share(0, 1, 1)
+        return PackLoader(
+            cache, global_batch_size=2, seed=1, share=share, device=torch.device("cpu"), **packing
+        )
+
+    old, new = f"{cache.fingerprint}/2/1", loader().fingerprint
+    assert packing_of(old) == PLAIN
+    assert packing_of(new) == MIXED
+    assert loader(packing=packing_of(old)).fingerprint == old != new
+    once = make_cache(1)
+    plain = plan_packs(once.lengths, 64, seed=1, epoch=0, version=PLAIN)
+    for packing, same in ((PLAIN, True), (MIXED, False)):
+        plan = Epochs(once, global_batch_size=2, seed=1, packing=packing).plan(0)
+        assert np.array_equal(plan.sample_ids, plain.sample_ids) == same
 
 
 def test_weights_that_leave_an_epoch_empty_are_an_error(make_cache: Callable[..., TokenCache]):

@@ -1,4 +1,5 @@
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from transformers import AutoTokenizer
 
 from paralign.engine.data.conversation import Conversation, read_record
 from paralign.engine.data.render import Rendered, Renderer, template_text
-from paralign.models.errors import DataError, WeightsError
+from paralign.models.errors import DataError, RecipeError, WeightsError
 
 from .conftest import chat
 
@@ -107,6 +108,103 @@ def test_a_marked_template_that_changes_earlier_turns_is_an_error_too(tokenizer_
     with pytest.raises(DataError, match=r"the chat template changes earlier turns.*messages\[1\]"):
         Renderer(tokenizer_dir, marked, "assistant")(conversation(*TURNS))
     assert Renderer(tokenizer_dir, marked, "last")(conversation(*TURNS)).learned.any()
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["generation", "prefixes"])
+def test_an_answer_that_later_turns_change_is_learned_in_a_sample_of_its_own(
+    tokenizer_dir: Path, marked: bool
+):
+    content = "{{- message.content if loop.last or message.role == 'user' else 'gone' }}"
+    assert content in FORGETFUL
+    whole = "{%- generation -%}" + content + "{{- '<|im_end|>' }}{%- endgeneration -%}"
+    template = FORGETFUL.replace(content, whole).replace("<|im_end|>\n'", "\n'") if marked else FORGETFUL
+    for turns in (TURNS, (*TURNS, "and what follows?")):
+        renderer = Renderer(tokenizer_dir, template, "assistant")
+        samples = renderer.samples(conversation(*turns))
+        texts = [renderer.tokenizer.decode(sample.tokens) for sample in samples]
+        assert [learned_text(renderer, sample) for sample in samples] == [
+            TURNS[1] + "<|im_end|>",
+            TURNS[3] + "<|im_end|>",
+        ]
+        assert TURNS[1] in texts[0]
+        assert TURNS[2] not in texts[0]
+        assert "gone" in texts[1]
+        assert texts[1].strip().endswith(TURNS[3] + "<|im_end|>")
+        assert renderer.n_remade > 0
+
+
+# In the manner of DeepSeek-R1: the prompt begins the reasoning, and what was said is shown without it.
+THINKING = """
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{{- '<|im_start|>' + message.content }}{%- endif %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}
+        {{- '<|begin|>' + content + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|begin|><think>\n' }}{%- endif %}"""
+# In the manner of Qwen3: the last answer is shown with its reasoning, even an empty one.
+THINKING_LAST = THINKING.replace(
+    "set content = content.split('</think>')[-1]",
+    "set content = content if loop.last else content.split('</think>')[-1]",
+)
+
+
+@pytest.mark.parametrize("template", [THINKING, THINKING_LAST])
+def test_reasoning_that_the_prompt_begins_is_learned_behind_it(tokenizer_dir: Path, template: str):
+    answers = [f"<think>\nfine {i}?\n</think>\n\nthank you {i}" for i in range(3)]
+    for n in (1, 3):
+        contents = [text for i in range(n) for text in (f"how are you {i}?", answers[i])]
+        renderer = Renderer(tokenizer_dir, template, "assistant")
+        samples = renderer.samples(conversation(*contents))
+        assert len(samples) == n
+        for i, sample in enumerate(samples):
+            behind = answers[i].removeprefix("<think>\n") + "<|im_end|>"
+            assert learned_text(renderer, sample) == behind
+            asked = renderer.tokenizer.apply_chat_template(
+                chat(*contents[: 2 * i + 1])["messages"],  # type: ignore[arg-type]
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            assert renderer.tokenizer.decode(sample.tokens) == asked + behind
+        (last,) = [Renderer(tokenizer_dir, template, "last").samples(conversation(*contents))]
+        assert [sample.tokens.tolist() for sample in last] == [samples[-1].tokens.tolist()]
+
+
+def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_an_error_with_a_remedy(
+    tokenizer_dir: Path,
+):
+    renderer = Renderer(tokenizer_dir, THINKING, "assistant")
+    with pytest.raises(
+        DataError,
+        match=r"^chats.jsonl:1: the generation prompt .* ends with '<think>\\n', and the content of messages\[1\] "
+        r"does not begin with it.*; begin the content with '<think>\\n' and the reasoning, even an empty one",
+    ):
+        renderer.samples(conversation("hello", "fine"))
+    (sample,) = renderer.samples(conversation("hello", "<think>\n\n</think>\n\nfine"))  # the remedy
+    assert learned_text(renderer, sample) == "\n</think>\n\nfine<|im_end|>"
+
+
+def test_a_template_that_would_not_end_is_an_error_of_the_recipe(tokenizer_dir: Path):
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(RecipeError, match=r"^chats.jsonl:1: the chat template does not come to its end"):
+        Renderer(tokenizer_dir, template, "all").samples(conversation("hello", "fine"))
+    with pytest.raises(DataError, match="the chat template is no jinja: Encountered unknown tag 'nothing'"):
+        Renderer(tokenizer_dir, "{% nothing %}", "all")
+
+
+def test_a_chat_of_thousands_of_turns_is_learned_turn_by_turn(tokenizer_dir: Path):
+    for template in (template_text("chatml") or "", without_marks(template_text("llama3") or "")):
+        renderer = Renderer(tokenizer_dir, template, "assistant")
+        start = time.process_time()
+        (sample,) = renderer.samples(conversation(*("how are you?", "fine") * 2000))
+        assert time.process_time() - start < 10
+        assert learned_text(renderer, sample).count("fine") == 2000
+        few = renderer.samples(conversation(*("how are you?", "fine") * 2))[0]
+        assert np.array_equal(sample.tokens[: len(few.tokens) - 1], few.tokens[:-1])
+        assert np.array_equal(sample.learned[: len(few.tokens) - 1], few.learned[:-1])
 
 
 def test_an_answer_that_the_template_forgets_to_mark_is_an_error(tokenizer_dir: Path):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from paralign.engine.run.check import CheckReport, check
+from paralign.engine.data.epochs import with_packing
+from paralign.engine.data.packing import MIXED, PLAIN
+from paralign.engine.run.check import CheckReport, check, packing_of_run
 from paralign.engine.run.recipe import load
 from paralign.models.errors import DataError, LayoutError, ParalignError, RecipeError, WeightsError
 
@@ -133,3 +135,18 @@ def test_state_is_weights_gradients_and_a_share_of_the_optimizer(
 ) -> None:
     report = check(load(project / "recipe.yaml", overrides), 4)  # tp 2 × dp 2
     assert report.state_bytes_per_rank == report.parameters_per_rank * bytes_per_parameter
+
+
+def test_a_run_is_packed_as_its_newest_readable_checkpoint_says(tmp_path: Path) -> None:
+    def saved(step: int, progress: str) -> None:
+        directory = tmp_path / "checkpoints" / f"iter_{step:07d}"
+        directory.mkdir(parents=True)
+        (directory / "progress.json").write_text(progress)
+
+    assert packing_of_run(tmp_path) == MIXED
+    saved(5, '{"step": 5, "data": "0123/4/1"}')
+    assert packing_of_run(tmp_path) == PLAIN
+    saved(10, "broken")
+    assert packing_of_run(tmp_path) == PLAIN
+    saved(15, json.dumps({"step": 15, "data": with_packing("0123/4/1", MIXED)}))
+    assert packing_of_run(tmp_path) == MIXED
