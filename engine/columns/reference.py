@@ -151,7 +151,8 @@ def _stored(path: Path, mine: MadeBy, mesh: Mesh, compute: Callable[[], np.ndarr
         try:
             values = read_reference(path, mine)
         except DamagedError as error:
-            print(f"{str(error).removesuffix('; delete it')}; computed anew", file=sys.stderr)
+            if mesh.is_main:
+                print(f"{str(error).removesuffix('; delete it')}; computed anew", file=sys.stderr)
         if _all_ranks(values is not None, mesh):
             assert values is not None
             return values
