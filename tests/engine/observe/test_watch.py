@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -15,6 +16,8 @@ from paralign.engine.observe.watch import Watch
 
 class _Sink:
     """Notes what it is told."""
+
+    place = Path("a sink")
 
     def __init__(self) -> None:
         self.told: list[str] = []
