@@ -1,4 +1,4 @@
-"""A function in a process forked from this one, which ends with it, and whose own end is known at once."""
+"""Work beside this process's own: in a child, which ends with it and whose end is known at once, or in a thread."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -93,6 +94,27 @@ class Child(Generic[T]):
         if raised:
             raise answer
         return answer
+
+
+class InThread(Generic[T]):
+    """The same of a thread in this process, for who waits anyway: it shares the memory, and cannot be ended."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(work)
+
+    def running(self) -> bool:
+        """See Child."""
+        return not self._future.done()
+
+    def kill(self) -> None:
+        """Nobody waits for it any more; its answer is not wanted."""
+        self._pool.shutdown(wait=False)
+
+    def result(self) -> T:
+        """What `work` returned, or Exception: what it raised. Waits for it."""
+        self._pool.shutdown()
+        return self._future.result()
 
 
 def _answering(work: Callable[[], Any], answer: Connection, theirs: Connection, parent: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from paralign.models.errors import TrainingError
 
@@ -13,7 +14,7 @@ from ..columns.steps import Steps
 from ..observe.watch import Watch
 from ..rollout.generate import Generations
 from ..training.learner import Learner, training_flops
-from ..training.soundness import copies_that_differ, refuse_not_finite, told
+from ..training.soundness import copies_that_differ, not_finite, told
 from ..training.state import NativeCheckpoints
 from ..training.step import report
 from .judge import Judge
@@ -72,16 +73,9 @@ class Trainer:
                 steps left out: the weights are those before that step, and saved. Weights that are not finite, or
                 copies of one that differ: nothing is saved.
         """
-        try:
-            return self._to_the_end()
-        except TrainingError:  # on all ranks alike
-            self.checkpoints.finish()  # one that is being written is from before
-            raise
-
-    def _to_the_end(self) -> bool:
         course, measured = self.course, dict[str, float]()
         if course.export_missing:
-            self.write_weights(f"iter_{course.first_step:07d}")
+            self.write_weights(f"iter_{course.first_step:07d}", course.first_step)
         for step in range(course.first_step, course.total_steps):
             if self.watch.stop_agreed():
                 self.save(step, measured)
@@ -104,13 +98,13 @@ class Trainer:
                 if self.checkpoints.due(done):
                     self.save(done, measured)
                 if _due(course.export, done):
-                    self.write_weights(f"iter_{done:07d}")
+                    self.write_weights(f"iter_{done:07d}", done)
         if course.evaluate:
             measured = self.evaluate(course.total_steps)
         if self.checkpoints.saves and course.first_step < course.total_steps:
             self.save(course.total_steps, measured)
         self.checkpoints.finish()
-        self.write_weights("final")
+        self.write_weights("final", course.total_steps)
         return True
 
     def train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
@@ -153,14 +147,20 @@ class Trainer:
             return False
         log.log(step, {**values, "skipped": 1.0})  # for --replay-step to compare with
         self.save(step, {})
-        raise TrainingError(f"{message}; {verdict.why_stop}--replay-step {step} says where the fault is")
+        self._end(f"{message}; {verdict.why_stop}--replay-step {step} says where the fault is")
+
+    def _end(self, message: str) -> NoReturn:
+        """End the run with an error that all ranks have found; what is still being written is from before it."""
+        self.checkpoints.finish()
+        raise TrainingError(message)
 
     def _refuse_unsound(self, step: int) -> None:
-        remedy = (
-            "nothing more is saved, and the newest checkpoint is from before; start the run again to go on from it, "
-            f"and if it ends here again, --replay-step {min(step, self.course.total_steps - 1)} names the step"
-        )
-        refuse_not_finite(self.learner.model, f"step {step}", remedy, TrainingError)
+        if found := not_finite(self.learner.model):
+            self._end(
+                f"step {step}: weights are not finite: {told(found)}; nothing more is saved, and the newest "
+                "checkpoint is from before; start the run again to go on from it, and if it ends here again, "
+                f"--replay-step {min(step, self.course.total_steps - 1)} names the step"
+            )
 
     def _compare_copies(self, step: int) -> None:
         found = copies_that_differ(self.learner.model, self.learner.optimizer)
@@ -173,7 +173,7 @@ class Trainer:
             "the node out and start the run again"
         )
         self.watch.log.note(step, message)
-        raise TrainingError(message)
+        self._end(message)
 
     def _tell_of_one_prompt(self, step: int, batch: StepBatch) -> None:
         if self.train.loader.needs_mismatched and not batch.mismatched:
@@ -203,11 +203,14 @@ class Trainer:
         """Save the state after `done` steps; not one with weights that are not finite."""
         with self.watch.aside("saving a checkpoint", done):
             self._refuse_unsound(done)
-            self.checkpoints.save(Progress(done, self.train.fingerprint, measured, window=self.judge.window))
+            self.checkpoints.save(
+                Progress(done, self.train.fingerprint, measured, window=self.judge.window), self.watch.moved
+            )
 
-    def write_weights(self, name: str) -> None:
-        """Export the model as it is."""
-        with self.watch.aside(f"exporting {name}", self.course.total_steps):
+    def write_weights(self, name: str, done: int) -> None:
+        """Export the model as it is after `done` steps; not one with weights that are not finite."""
+        with self.watch.aside(f"exporting {name}", done):
+            self._refuse_unsound(done)
             self.export(name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -17,9 +18,9 @@ from paralign.models.mcore import AsyncRequest, write_bucket
 from ..checkpoint.file_manifest import digest_file
 from ..checkpoint.manifest import FileDigest
 from ..parallel.mesh import Mesh
-from ..processes.child import Child, ChildDied
+from ..processes.child import Child, ChildDied, InThread
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.01
 
 Written = tuple[dict[int, Any], dict[str, FileDigest]]
 
@@ -37,28 +38,32 @@ class Save:
 
     Args:
         request: megatron-core's plan: what this rank writes, and what follows when all ranks have written.
-        in_child: write in a child, which has the state as it is now, while this process goes on.
+        in_child: write in a child, which has the state as it is now, while this process goes on; else in a thread,
+            while this process waits.
+        moved: called while what this rank writes grows, for whoever watches for stalls.
     """
 
-    def __init__(self, request: AsyncRequest, mesh: Mesh, *, in_child: bool) -> None:
+    def __init__(
+        self, request: AsyncRequest, mesh: Mesh, *, in_child: bool, moved: Callable[[], None]
+    ) -> None:
         self._request = request
         self._mesh = mesh
+        self._moved = moved
         self._written: Written = {}, {}
         self._failure = ""
-        self._child: Child[Written] | None = None
+        self._writer: Child[Written] | InThread[Written] | None = None
+        self._paths: list[str] = []
         if request.async_fn is None:  # nothing here that no other rank writes
             return
         buckets = request.preload_fn()
         transforms, _ = request.async_fn.args
+        self._paths = [path for path, _, _ in buckets]
 
         def write() -> Written:
             results = {i: write_bucket(transforms, i, bucket) for i, bucket in enumerate(buckets)}
             return results, {name: digest_file(Path(path)) for path, name, _ in buckets}
 
-        if in_child:
-            self._child = Child(write)
-        else:
-            self._note(write)
+        self._writer = Child(write) if in_child else InThread(write)
 
     def completed(self, *, wait: bool) -> Mapping[str, FileDigest] | None:
         """The digests of the files of all ranks once all have written, else None. Collective.
@@ -66,12 +71,16 @@ class Save:
         Raises:
             CheckpointError: a rank could not; all of them say which, and why. What others still write is given up.
         """
+        size = 0
         while (worst := _State(int(self._mesh.largest(self._state())))) is _State.WRITING:
             if not wait:
                 return None
             time.sleep(_POLL_SECONDS)
-        if worst is _State.FAILED and self._child is not None:
-            self._child.kill()
+            if (now := self._size()) > size:
+                size = now
+                self._moved()
+        if worst is _State.FAILED and self._writer is not None:
+            self._writer.kill()
         said: list[tuple[str, dict[str, FileDigest]]] = [("", {})] * self._mesh.world_size
         dist.all_gather_object(said, (self._failure, self._written[1]))
         if failures := [f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(said) if failure]:
@@ -83,12 +92,15 @@ class Save:
         return {name: digest for _, digests in said for name, digest in digests.items()}
 
     def _state(self) -> _State:
-        if self._child is not None:
-            if self._child.running():
+        if self._writer is not None:
+            if self._writer.running():
                 return _State.WRITING
-            self._note(self._child.result)
-            self._child = None
+            self._note(self._writer.result)
+            self._writer = None
         return _State.FAILED if self._failure else _State.WRITTEN
+
+    def _size(self) -> int:
+        return sum(os.path.getsize(path) for path in self._paths if os.path.exists(path))
 
     def _note(self, outcome: Callable[[], Written]) -> None:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,10 +90,13 @@ class NativeCheckpoints:
             return True
         return bool(minutes and self._mesh.largest(time.monotonic() - self._saved_at >= 60 * minutes))
 
-    def save(self, progress: store.Progress) -> None:
+    def save(self, progress: store.Progress, moved: Callable[[], None]) -> None:
         """Write the state after `progress.step` steps; with `async_save` a child of each rank does the writing.
 
         Collective over all ranks.
+
+        Args:
+            moved: called while the writing comes further and is waited for.
 
         Raises:
             CheckpointError: it cannot be written, as on a full disk; older checkpoints stay as they are.
@@ -102,11 +105,11 @@ class NativeCheckpoints:
         self._saved_at = time.monotonic()
         directory = store.directory_of(self.root, progress.step)
         with self._naming(directory):
-            self._pending = directory, self._begin(directory, progress)
+            self._pending = directory, self._begin(directory, progress, moved)
         if not self._config.async_save:
             self.finish()
 
-    def _begin(self, directory: Path, progress: store.Progress) -> Save:
+    def _begin(self, directory: Path, progress: store.Progress, moved: Callable[[], None]) -> Save:
         partial = store.unfinished(directory)
         if self._mesh.is_main:
             store.sweep(self.root)
@@ -123,7 +126,7 @@ class NativeCheckpoints:
             TorchDistSaveShardedStrategy("torch_dist", 1),
             async_sharded_save=True,
         )
-        return Save(request, self._mesh, in_child=self._config.async_save)
+        return Save(request, self._mesh, in_child=self._config.async_save, moved=moved)
 
     def poll(self) -> None:
         """Publish a background save that every rank has finished; cheap where there is none. Collective."""

@@ -82,7 +82,17 @@ def with_slow_evaluations_and_exports(rank: int, world_size: int, recipe: Path) 
         return add(self, *arguments)
 
     Learner.measure, StageWriter.add = slowly, add_slowly  # type: ignore[method-assign]
-    from paralign.engine.training import model
+    from paralign.engine.training import model, saving
+
+    write_bucket = saving.write_bucket
+
+    def write_slowly(transforms: Any, number: int, bucket: Any) -> Any:
+        for n_bytes in range(8):
+            Path(bucket[0]).write_bytes(bytes(n_bytes))
+            time.sleep(0.7)
+        return write_bucket(transforms, number, bucket)
+
+    saving.write_bucket = write_slowly
 
     model.Model.tensors.__defaults__ = (1,)  # one tensor a bucket
     train_recipe(rank, world_size, recipe)
@@ -90,13 +100,13 @@ def with_slow_evaluations_and_exports(rank: int, world_size: int, recipe: Path) 
 
 @pytest.mark.slow
 def test_healthy_work_that_takes_longer_than_the_stall_timeout(toy: Path, ranks: RankPool) -> None:
-    """An evaluation of over 5 s and an export of over 7 s, while the second copy waits; a stall would be 3 s."""
+    """Over 5 s of evaluation, 5 s of saving, 7 s of export, while the second copy waits; a stall would be 3 s."""
     recipe = write_recipe(
         *(toy, "long", {}),
         train__max_steps=1,
         train__eval_every_steps=1,
         train__stall_timeout_minutes=0.05,
-        checkpoint__save_every_steps=None,
+        checkpoint__save_every_steps=1,
         optimizer__lr_warmup_steps=0,
     )
     ranks.run(2, with_slow_evaluations_and_exports, recipe)
@@ -108,7 +118,10 @@ def test_an_evaluation_moves_with_each_pack() -> None:
     from paralign.engine.run.trainer import Trainer
 
     batch = StepBatch(["a", "b"], {}, 2, 2, (0, 1))  # type: ignore[list-item]
-    parts = {name: MagicMock() for name in ("learner", "train", "checkpoints", "export", "course", "watch")}
+    parts = {
+        name: MagicMock()
+        for name in ("learner", "train", "checkpoints", "export", "course", "watch", "judge")
+    }
     parts["watch"].marking.side_effect = lambda packs: [f"marked {pack}" for pack in packs]
     parts["learner"].no_sums.return_value = 0
     parts["learner"].objective.report.return_value = {}
