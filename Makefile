@@ -20,11 +20,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Faults, signals and runs of an older commit, with real processes, and what eight ranks repeat: a quarter of an hour.
+# Faults, signals, torchrun's restarts, a real SLURM where it is installed, runs of an older commit, what eight ranks
+# repeat: half an hour.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest tests/distributed -m slow
 
-# The full product of the certificates, and every fault: the better part of an hour.
+# The full product of the certificates, every fault, ten kills of the campaign: the better part of an hour.
 certificate: .venv/installed
 	$(BIN)/python -m pytest tests/distributed -m "certificate or slow or not slow"
 

@@ -26,10 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from paralign.engine.checkpoint import store
-from paralign.engine.observe.metrics import read_metrics
 
 from .processes import Processes
-from .toy import make_toy, write_recipe
+from .toy import losses_of, make_toy, write_recipe
 
 STEPS = 24
 PARALIGN = (sys.executable, "-m", "paralign.engine.cli")
@@ -133,10 +132,10 @@ class Campaign:
         else:
             process = processes.start([*PARALIGN, "train", str(recipe), "--nproc", "2"])
         if moment != "tokenising":
-            processes.wait_until(lambda: len(_losses(run_dir)) > after or process.poll() is not None)
+            processes.wait_until(lambda: len(losses_of(run_dir)) > after or process.poll() is not None)
         processes.wait_until(lambda: moments[moment]() or process.poll() is not None, pause=0.002)
         time.sleep(draw.random() * 0.05)
-        done = len(_losses(run_dir))
+        done = len(losses_of(run_dir))
         ranks = processes.ranks()
         with suppress(ProcessLookupError, KeyError):
             if victim in ("launcher", "torchrun agent"):
@@ -154,7 +153,7 @@ class Campaign:
         resumed = store.read_progress(newest).step if newest else 0
         self._again([*PARALIGN, "train", str(recipe), "--nproc", "2"], processes)
         losses, model = self._undisturbed(processes)
-        assert _losses(run_dir) == losses, "other losses"
+        assert losses_of(run_dir) == losses, "other losses"
         assert _digest(run_dir / "hf/final") == model, "another model"
         shutil.rmtree(run_dir)
         return max(0, done - resumed), left
@@ -186,7 +185,7 @@ class Campaign:
         if self._expected is None:
             recipe, run_dir = self._recipe("undisturbed", "step"), self.directory / "undisturbed"
             self._again([*PARALIGN, "train", str(recipe), "--nproc", "2"], processes)
-            self._expected = _losses(run_dir), _digest(run_dir / "hf/final")
+            self._expected = losses_of(run_dir), _digest(run_dir / "hf/final")
         return self._expected
 
     @staticmethod
@@ -197,12 +196,6 @@ class Campaign:
 
 def _there(directory: Path, pattern: str) -> bool:
     return next(directory.glob(pattern), None) is not None
-
-
-def _losses(run_dir: Path) -> dict[int, float]:
-    if not (run_dir / "metrics.jsonl").exists():
-        return {}
-    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
 
 
 def _digest(directory: Path) -> str:

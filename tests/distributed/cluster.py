@@ -141,12 +141,6 @@ class Cluster:
             time.sleep(0.5)
         return job
 
-    def wait_for_requeue(self, job_id: str, seconds: float) -> dict[str, str]:
-        """The job when it is in the queue again; SLURM lets it wait there two minutes, which are left out."""
-        job = self.wait_for(job_id, lambda job: job["Restarts"] == "1", seconds)
-        self.said("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-        return job
-
     def said(self, *command: str) -> str:
         """What a command of SLURM prints."""
         return subprocess.run(

@@ -14,12 +14,11 @@ import pytest
 import torch.distributed as dist
 
 from paralign.engine.checkpoint import store
-from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.training import saving
 from paralign.engine.training.state import broken
 
 from .pool import RankFailure, RankPool
-from .toy import forget_checksums, make_toy, train_and_tell, train_recipe, write_recipe
+from .toy import forget_checksums, losses_of, make_toy, train_and_tell, train_recipe, write_recipe
 
 STEPS = 12
 HARMS: dict[str, Callable[[bytes], bytes | None]] = {
@@ -53,10 +52,6 @@ def saved(toy: Path, ranks: RankPool) -> Path:
     """A run that came to its end on two ranks."""
     ranks.run(2, train_recipe, _recipe(toy, "whole"))
     return toy / "whole"
-
-
-def _losses(run_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
 
 
 def harmed_in_every_way(rank: int, world_size: int, directory: Path) -> dict[str, bool]:
@@ -109,7 +104,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert "iter_0000012(__1_0.distcp:othercontent)" in said
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert {"iter_0000012.broken", "iter_0000008.broken", "iter_0000012", "iter_0000008"} <= names
-    assert {step: _losses(saved)[step] for step in range(4, STEPS)} == _losses(run_dir)
+    assert {step: losses_of(saved)[step] for step in range(4, STEPS)} == losses_of(run_dir)
 
     for step in (4, 8, 12):
         _flip(run_dir / f"checkpoints/iter_{step:07d}/common.pt")
@@ -124,7 +119,7 @@ def test_a_checkpoint_from_before_manifests_is_gone_on_from(saved: Path, toy: Pa
     forget_checksums(run_dir / "checkpoints/iter_0000008")
     said, _ = ranks.run(2, train_and_tell, recipe)
     assert said.count("withoutchecksums") == 1
-    assert {step: _losses(saved)[step] for step in range(8, STEPS)} == _losses(run_dir)
+    assert {step: losses_of(saved)[step] for step in range(8, STEPS)} == losses_of(run_dir)
 
 
 def writer_killed(rank: int, world_size: int, recipe: Path) -> None:
@@ -148,7 +143,7 @@ def test_a_writer_that_is_killed_is_named_at_once(saved: Path, toy: Path, ranks:
         ranks.run(2, writer_killed, recipe, timeout=60)
     assert store.latest(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000004"
     ranks.run(2, train_recipe, recipe)
-    assert _losses(run_dir) == _losses(saved)
+    assert losses_of(run_dir) == losses_of(saved)
     assert not list((run_dir / "checkpoints").glob("*.part"))  # swept
 
 

@@ -21,7 +21,7 @@ from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.processes.stop import EXIT_STOPPED
 
 from .pool import RankFailure, RankPool
-from .toy import make_toy, train_recipe, write_recipe
+from .toy import losses_of, make_toy, train_recipe, write_recipe
 
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
 TP2_PP2 = TP2 | {"pipeline_model_parallel_size": 2}
@@ -52,7 +52,7 @@ def undisturbed_on(toy: Path, ranks: RankPool) -> Callable[[int], dict[int, floa
     @cache
     def losses(n: int) -> dict[int, float]:
         ranks.run(n, train_recipe, _recipe(toy, f"undisturbed-{n}", n))
-        return _losses(toy / f"undisturbed-{n}")
+        return losses_of(toy / f"undisturbed-{n}")
 
     return losses
 
@@ -60,10 +60,6 @@ def undisturbed_on(toy: Path, ranks: RankPool) -> Callable[[int], dict[int, floa
 @pytest.fixture(scope="module")
 def undisturbed(undisturbed_on: Callable[[int], dict[int, float]]) -> dict[int, float]:
     return undisturbed_on(4)
-
-
-def _losses(run_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def _rank_pids(recipe: Path) -> list[int]:
 
 def _wait_for_steps(run_dir: Path, n: int) -> None:
     deadline = time.monotonic() + 240
-    while not (run_dir / "metrics.jsonl").exists() or len(_losses(run_dir)) < n:
+    while not (run_dir / "metrics.jsonl").exists() or len(losses_of(run_dir)) < n:
         assert time.monotonic() < deadline, "the run did not come as far"
         time.sleep(0.05)
 
@@ -123,11 +119,11 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert process.wait(60) == EXIT_STOPPED, process.communicate()[1]
     saved = store.latest(run_dir / "checkpoints")
     assert saved is not None
-    assert store.read_progress(saved).step == max(_losses(run_dir)) + 1  # nothing done is lost
+    assert store.read_progress(saved).step == max(losses_of(run_dir)) + 1  # nothing done is lost
     assert not (run_dir / "hf/final").exists()
 
     ranks.run(n, train_recipe, recipe)
-    assert _losses(run_dir) == undisturbed_on(n)
+    assert losses_of(run_dir) == undisturbed_on(n)
 
 
 @pytest.mark.slow
@@ -152,7 +148,7 @@ def test_a_stopped_rank_is_named(
     assert "Thread" in written[0].read_text()
 
     ranks.run(4, train_recipe, recipe)
-    assert _losses(toy / "stalled") == undisturbed
+    assert losses_of(toy / "stalled") == undisturbed
 
 
 def killed_in_a_save(rank: int, world_size: int, recipe: Path) -> None:
@@ -182,7 +178,7 @@ def test_killed_in_a_save(
     capfd.readouterr()
     ranks.run(4, train_recipe, recipe)
     assert "iter_0000020.part" in capfd.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
-    assert _losses(toy / "killed") == undisturbed
+    assert losses_of(toy / "killed") == undisturbed
 
 
 def nan_at_step_6(rank: int, world_size: int, recipe: Path) -> None:
@@ -212,7 +208,7 @@ def test_nan_stops_the_run_and_is_located(
     root = toy / name / "checkpoints"
     assert store.latest(root) == root / "iter_0000006"  # the weights before that step
     ranks.run(n, train_recipe, recipe)
-    assert _losses(toy / name) == undisturbed_on(n)
+    assert losses_of(toy / name) == undisturbed_on(n)
 
 
 @pytest.mark.slow
@@ -223,7 +219,7 @@ def test_nan_is_skipped_where_the_recipe_says_so(
     lines = read_metrics(toy / "nan-skip")
     assert [line["step"] for line in lines if line.get("skipped")] == [6]
     assert any("chats.jsonl:" in line.get("note", "") for line in lines)
-    losses = _losses(toy / "nan-skip")
+    losses = losses_of(toy / "nan-skip")
     assert all(losses[step] == undisturbed[step] for step in range(7))
     assert losses[7] != undisturbed[7]
     assert losses[STEPS - 1] < undisturbed[0]
@@ -248,6 +244,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         assert newest is not None
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         ranks.run(4, train_recipe, recipe)
-        assert _losses(disk / "run") == undisturbed
+        assert losses_of(disk / "run") == undisturbed
     finally:
         subprocess.run(["umount", str(disk)], check=True)

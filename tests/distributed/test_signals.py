@@ -18,11 +18,10 @@ from pathlib import Path
 import pytest
 
 from paralign.engine.checkpoint import store
-from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.processes.stop import EXIT_STOPPED
 
 from .pool import RankPool
-from .toy import make_toy, train_recipe, write_recipe
+from .toy import losses_of, make_toy, train_recipe, write_recipe
 
 STEPS = 16
 STARTS: dict[str, Callable[[Path], bool]] = {  # by name of a moment: whether it has come
@@ -58,13 +57,7 @@ def undisturbed(toy: Path, ranks: RankPool) -> dict[int, dict[int, float]]:
     """Losses by number of ranks."""
     for world_size in (1, 2):
         ranks.run(world_size, train_recipe, _recipe(toy, f"undisturbed-{world_size}"))
-    return {world_size: _losses(toy / f"undisturbed-{world_size}") for world_size in (1, 2)}
-
-
-def _losses(run_dir: Path) -> dict[int, float]:
-    if not (run_dir / "metrics.jsonl").exists():
-        return {}
-    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
+    return {world_size: losses_of(toy / f"undisturbed-{world_size}") for world_size in (1, 2)}
 
 
 def _written(run_dir: Path) -> int:
@@ -152,7 +145,7 @@ def _wait_until(moment: Callable[[], bool], log: Path) -> None:
 def _saved_all_that_was_done(run_dir: Path) -> None:
     newest = store.latest(run_dir / "checkpoints")
     assert newest is not None
-    assert store.read_progress(newest).step == max(_losses(run_dir)) + 1
+    assert store.read_progress(newest).step == max(losses_of(run_dir)) + 1
     assert not (run_dir / "hf/final").exists()
 
 
@@ -184,7 +177,7 @@ def test_a_signal_to_the_group(
     assert "rror" not in group.log.read_text()
     _saved_all_that_was_done(toy / name)
     ranks.run(1, train_recipe, _recipe(toy, name))
-    assert _losses(toy / name) == undisturbed[1]
+    assert losses_of(toy / name) == undisturbed[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
@@ -259,7 +252,7 @@ def test_torchrun_is_asked_to_stop(
     if moment != "start-up":
         _saved_all_that_was_done(run_dir)
     ranks.run(2, train_recipe, _recipe(toy, name))
-    assert _losses(run_dir) == undisturbed[2]
+    assert losses_of(run_dir) == undisturbed[2]
 
 
 def _importing_torch(recipe: Path) -> int:

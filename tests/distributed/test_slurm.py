@@ -19,6 +19,7 @@ from .cluster import NODES, Cluster
 from .processes import MARK
 from .toy import make_toy, write_recipe
 
+AGAIN = 400  # seconds; SLURM lets a job that is queued again wait for two minutes
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
@@ -76,10 +77,10 @@ def test_a_run_that_its_time_limit_stops_goes_on_by_itself(cluster: Cluster, toy
     job = _launch(
         *(cluster, toy, "limit", "--time", "2", "--sbatch", "signal=USR1@45"), train__max_steps=100_000
     )
-    found = cluster.wait_for_requeue(job, 240)
+    found = cluster.wait_for(job, lambda job: job["Restarts"] == "1", 240)
     saved = _saved(run_dir)
     assert saved == max(_steps(run_dir)) + 1, Path(found["StdOut"]).read_text()[-3000:]
-    cluster.wait_for(job, lambda _: max(_steps(run_dir)) > saved + 5, 240)
+    cluster.wait_for(job, lambda _: max(_steps(run_dir)) > saved + 5, AGAIN)
     cluster.said("scancel", job)
     cluster.wait_for(job, lambda job: job["JobState"] == "CANCELLED", 60)
     assert _steps(run_dir) == list(range(len(_steps(run_dir))))
@@ -103,8 +104,8 @@ def test_a_signal_in_start_up_queues_again(cluster: Cluster, toy: Path) -> None:
     job = _launch(cluster, toy, "early", train__max_steps=10)
     cluster.wait_for(job, lambda job: job["JobState"] == "RUNNING" and cluster.ranks() > 0, 120)
     cluster.said("scancel", "--signal=USR1", job)
-    cluster.wait_for_requeue(job, 60)
-    cluster.wait_for(job, lambda job: job["JobState"] == "COMPLETED", 180)
+    cluster.wait_for(job, lambda job: job["Restarts"] == "1", 60)
+    cluster.wait_for(job, lambda job: job["JobState"] == "COMPLETED", AGAIN)
     assert _steps(run_dir) == list(range(10))
 
 
@@ -113,7 +114,7 @@ def test_a_run_goes_on_when_a_node_that_went_down_is_back(cluster: Cluster, toy:
     job = _launch(cluster, toy, "node", train__max_steps=150, checkpoint__save_every_steps=20)
     cluster.wait_for(job, lambda _: _saved(run_dir) > 0, 120)
     cluster.take_down(NODES[1])
-    cluster.wait_for_requeue(job, 120)
+    cluster.wait_for(job, lambda job: job["Restarts"] == "1", 120)
     cluster.bring_up(NODES[1])
-    cluster.wait_for(job, lambda job: job["JobState"] == "COMPLETED", 240)
+    cluster.wait_for(job, lambda job: job["JobState"] == "COMPLETED", AGAIN)
     assert _steps(run_dir) == list(range(150))

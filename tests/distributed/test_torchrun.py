@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from paralign.engine.observe.metrics import read_metrics
-
 from .pool import RankPool, free_port
 from .processes import Processes
-from .toy import make_toy, train_recipe, write_recipe
+from .toy import losses_of, make_toy, train_recipe, write_recipe
 
 STEPS = 60
 
@@ -33,7 +31,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(toy: Path, ranks: RankPool) -> dict[int, float]:
     ranks.run(2, train_recipe, _recipe(toy, "undisturbed"))
-    return _losses(toy / "undisturbed")
+    return losses_of(toy / "undisturbed")
 
 
 @pytest.fixture
@@ -50,12 +48,6 @@ def _recipe(toy: Path, name: str, **changes: Any) -> Path:
         "checkpoint__keep_last": 2,
     }
     return write_recipe(toy, name, {}, **(settings | changes))
-
-
-def _losses(run_dir: Path) -> dict[int, float]:
-    if not (run_dir / "metrics.jsonl").exists():
-        return {}
-    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
 
 
 def _two_nodes(processes: Processes, recipe: Path, port: int, nodes: str) -> tuple[Any, Any]:
@@ -91,10 +83,10 @@ def test_a_killed_rank_is_started_again(
         *("-m", "paralign.engine.run", str(recipe)),
     )
     for kills, step in enumerate((7, 17)):
-        processes.wait_until(lambda step=step: len(_losses(run_dir)) > step)  # type: ignore[misc]
+        processes.wait_until(lambda step=step: len(losses_of(run_dir)) > step)  # type: ignore[misc]
         os.kill(processes.ranks()[kills], signal.SIGKILL)
     assert agent.wait(120) == 0, processes.log.read_text()[-4000:]
-    assert _losses(run_dir) == undisturbed
+    assert losses_of(run_dir) == undisturbed
     assert processes.left() == []
 
 
@@ -104,13 +96,13 @@ def test_a_killed_node_is_brought_back(
 ) -> None:
     recipe, run_dir, port = _recipe(toy, "back"), toy / "back", free_port()
     host, other = _two_nodes(processes, recipe, port, "2")
-    processes.wait_until(lambda: len(_losses(run_dir)) > 7)
+    processes.wait_until(lambda: len(losses_of(run_dir)) > 7)
     other.kill()
     processes.wait_until(lambda: not processes.ranks(of=other.pid))
     again = _agent(processes, recipe, port, "2")
     assert host.wait(180) == 0, processes.log.read_text()[-4000:]
     assert again.wait(60) == 0
-    assert _losses(run_dir) == undisturbed
+    assert losses_of(run_dir) == undisturbed
     assert processes.left() == []
 
 
@@ -121,11 +113,11 @@ def test_a_run_goes_on_without_a_node_that_stays_away(
     """At half the data-parallel degree: the same samples, and losses but for the order of sums."""
     recipe, run_dir, port = _recipe(toy, "away"), toy / "away", free_port()
     host, other = _two_nodes(processes, recipe, port, "1:2")
-    processes.wait_until(lambda: len(_losses(run_dir)) > 7)
+    processes.wait_until(lambda: len(losses_of(run_dir)) > 7)
     assert len(processes.ranks()) == 2
     other.kill()
     assert host.wait(180) == 0, processes.log.read_text()[-4000:]
-    assert _losses(run_dir) == pytest.approx(undisturbed, rel=1e-5)
+    assert losses_of(run_dir) == pytest.approx(undisturbed, rel=1e-5)
     assert processes.left() == []
 
 
@@ -135,7 +127,7 @@ def test_nothing_outlives_a_killed_agent(toy: Path, processes: Processes) -> Non
     agent = processes.torchrun(
         *("--standalone", "--nproc_per_node", "2", "-m", "paralign.engine.run", str(recipe))
     )
-    processes.wait_until(lambda: len(_losses(toy / "agent")) > 7)
+    processes.wait_until(lambda: len(losses_of(toy / "agent")) > 7)
     agent.kill()
     assert processes.left() == []
 

@@ -15,6 +15,7 @@ import yaml
 
 from paralign.engine.checkpoint import store
 from paralign.engine.checkpoint.manifest import MANIFEST
+from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.processes.stop import Stop
 from paralign.engine.run.check import check
 from paralign.engine.run.rank import train
@@ -127,3 +128,10 @@ def forget_checksums(checkpoint: Path) -> None:
     """Make it one of a version that took none."""
     (checkpoint / MANIFEST).unlink()
     store.write_progress(checkpoint, replace(store.read_progress(checkpoint), manifest=False))
+
+
+def losses_of(run_dir: Path) -> dict[int, float]:
+    """What a run has logged so far, by step."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return {}
+    return {line["step"]: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
