@@ -29,7 +29,7 @@ from paralign.engine.processes.stop import Stop
 from paralign.engine.run.assemble import build_trainer
 from paralign.engine.run.check import check
 from paralign.engine.run.recipe import load
-from paralign.engine.training.state import broken
+from paralign.engine.training.resuming import broken
 from paralign.tools.demo import make_data, make_model
 
 

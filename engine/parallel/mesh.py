@@ -5,18 +5,21 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from paralign.models.errors import ParalignError
 from paralign.models.mcore import parallel_state, tensor_parallel
 
 from .layout import AXES, Layout
 from .meeting import of_this_attempt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,20 @@ class Mesh:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; an error that it raises is raised on all of them. Collective."""
+        made: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                made = [make(), None]
+            except (ParalignError, OSError) as error:
+                made = [None, error]
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        result: T = made[0]
+        return result
 
     def largest(self, number: float) -> float:
         """The largest of the numbers that the ranks give. Collective."""

@@ -14,7 +14,7 @@ import torch
 
 from paralign.models import FAMILIES, scoring_class
 from paralign.models.arch import Arch
-from paralign.models.errors import CheckpointError, RecipeError, WeightsError
+from paralign.models.errors import CheckpointError, RecipeError, TrainingError, WeightsError
 
 from ..backends import backend_of
 from ..batch import Kind
@@ -49,8 +49,9 @@ from ..training.export import export_hf
 from ..training.learner import Learner
 from ..training.model import Model
 from ..training.optim import Optimizer
+from ..training.resuming import newest_whole
 from ..training.soundness import refuse_not_finite
-from ..training.state import NativeCheckpoints, broken, set_broken_aside
+from ..training.state import NativeCheckpoints
 from .check import CheckReport, sources_of_columns
 from .judge import Judge
 from .recipe import Recipe, dump
@@ -303,15 +304,16 @@ def build_checkpoints(
     checkpoints = NativeCheckpoints(
         root, recipe.checkpoint, learner.model, learner.optimizer, assets=assets, recipe=dump(recipe)
     )
-    found, left = store.complete(root, at_most=replay_step), store.passed_over(root)
-    if not found:
-        return checkpoints, Start(0, None, left)
-    newest = found[-1]
+    mesh = learner.model.mesh
+    _refuse_unless_equal(fingerprint, mesh)
     if recipe.checkpoint.resume == "never" and replay_step is None:
-        raise CheckpointError(
-            f"{root}: has {newest.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
-        )
-    newest, set_aside = newest_whole(found, learner.model.mesh, set_aside=replay_step is None)
+        if there := mesh.from_main(lambda: store.latest(root)):
+            raise CheckpointError(
+                f"{root}: has {there.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+            )
+    found = newest_whole(root, mesh, at_most=replay_step, set_aside=replay_step is None)
+    if (newest := found.newest) is None:
+        return checkpoints, Start(0, None, found.passed_over)
     progress = checkpoints.load(newest)
     if progress.data != fingerprint:
         raise CheckpointError(
@@ -320,34 +322,23 @@ def build_checkpoints(
             "start a new run_dir from the export"
         )
     return checkpoints, Start(
-        progress.step, newest, left, set_aside, checked=progress.manifest, window=progress.window
+        progress.step,
+        newest,
+        found.passed_over,
+        found.broken,
+        checked=progress.manifest,
+        window=progress.window,
     )
 
 
-def newest_whole(found: Sequence[Path], mesh: Mesh, *, set_aside: bool) -> tuple[Path, list[str]]:
-    """The newest of these checkpoints that is as it was written, and what is wrong with newer ones. Collective.
-
-    Args:
-        found: oldest first.
-        set_aside: give those that are broken another name.
-
-    Raises:
-        CheckpointError: none is whole; then none is renamed.
-    """
-    faults: dict[Path, list[str]] = {}
-    for directory in reversed(found):
-        if not (wrong := broken(directory, mesh)):
-            break
-        faults[directory] = wrong
-    told = [f"{directory.name} ({'; '.join(wrong[:3])})" for directory, wrong in faults.items()]
-    if len(faults) == len(found):
-        raise CheckpointError(
-            f"{found[-1].parent}: no checkpoint is as it was written: {', '.join(told)}; restore one from a copy, "
-            "or choose another run_dir to start over"
+def _refuse_unless_equal(fingerprint: str, mesh: Mesh) -> None:
+    """Raises TrainingError where ranks would train on other samples than rank 0. Collective."""
+    theirs = mesh.from_main(lambda: fingerprint)
+    if mesh.largest(theirs != fingerprint):
+        raise TrainingError(
+            "ranks see other data, caches or checkpoints than rank 0 does; put data, cache_dir and run_dir on a file "
+            "system that all nodes share, wait until it shows all of them the same, and start again"
         )
-    if set_aside:
-        set_broken_aside(list(faults), mesh)
-    return directory, told
 
 
 def export_is_missing(recipe: Recipe, mesh: Mesh, step: int) -> bool:

@@ -21,6 +21,7 @@ from paralign.models.errors import CheckpointError, DataError, RecipeError, Weig
 from ..backends import check_backend
 from ..batch import Head
 from ..checkpoint import store
+from ..checkpoint.file_manifest import broken_files
 from ..checkpoint.hf import arch_of
 from ..checkpoint.source import open_source
 from ..columns.sources import BASELINE, DATA, REFERENCE, Source, in_order
@@ -184,10 +185,12 @@ def check(
 
 
 def packing_of_run(run_dir: Path) -> int:
-    """How a run packs its samples: as its newest readable checkpoint says, or as new runs do."""
+    """How a run packs its samples: as the newest checkpoint says whose progress is as it was written, or as new runs
+    do. A run has one way of packing, so that any of its checkpoints will do."""
     for checkpoint in reversed(store.complete(run_dir / "checkpoints")):
         try:
-            return packing_of(store.read_progress(checkpoint).data)
+            if not broken_files(checkpoint, [store.PROGRESS]):
+                return packing_of(store.read_progress(checkpoint).data)
         except CheckpointError:  # a run that cannot go on from it says so
             continue
     return MIXED

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from paralign.models.arch import Arch
@@ -27,17 +26,10 @@ from paralign.models.mcore import (
 
 from ..checkpoint import store
 from ..checkpoint.config import CheckpointConfig
-from ..checkpoint.file_manifest import (
-    broken_files,
-    digest_file,
-    read_file_manifest,
-    share_of_files,
-    write_file_manifest,
-)
+from ..checkpoint.file_manifest import digest_file, write_file_manifest
 from ..checkpoint.hf import Assets, arch_of, copy_assets
-from ..checkpoint.manifest import MANIFEST, FileDigest
+from ..checkpoint.manifest import FileDigest
 from ..checkpoint.unpickle import MetadataReader, refuse_more_than_tensors, weights_only
-from ..parallel.mesh import Mesh
 from .model import Model
 from .optim import Optimizer
 from .saving import Save
@@ -187,7 +179,7 @@ class NativeCheckpoints:
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
-        return store.read_progress(directory)
+        return self._mesh.from_main(lambda: store.read_progress(directory))
 
     def _keyed_modules(self) -> list[tuple[str, Any]]:
         modules = self._model.modules
@@ -211,31 +203,6 @@ class NativeCheckpoints:
             state, is_loading=is_loading, metadata=metadata
         )
         return state
-
-
-def broken(directory: Path, mesh: Mesh) -> list[str]:
-    """The files of a checkpoint that are not as they were written, in words; each rank reads a share. Collective.
-
-    Of a checkpoint from before there were manifests nothing is known, and nothing is wrong.
-    """
-    try:
-        expected = read_file_manifest(directory)
-        if expected is None and store.read_progress(directory).manifest:
-            raise CheckpointError(f"{MANIFEST}: missing")
-    except ParalignError as error:
-        return [str(error)]
-    share = share_of_files(expected or {}, mesh.rank, mesh.world_size)
-    said: list[list[str]] = [[]] * mesh.world_size
-    dist.all_gather_object(said, broken_files(directory, share))
-    return [words for found in said for words in found]
-
-
-def set_broken_aside(directories: Sequence[Path], mesh: Mesh) -> None:
-    """Rename checkpoints that are not to be gone on from. Collective."""
-    if mesh.is_main:
-        for directory in directories:
-            store.set_broken_aside(directory)
-    mesh.barrier()
 
 
 def seal(directory: Path, digests: Mapping[str, FileDigest]) -> None:

@@ -7,15 +7,19 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from paralign.engine.checkpoint import store
-from paralign.engine.training import saving
-from paralign.engine.training.state import broken
+from paralign.engine.data.packing import MIXED
+from paralign.engine.parallel.mesh import Mesh
+from paralign.engine.run.check import packing_of_run
+from paralign.engine.training import resuming, saving
+from paralign.engine.training.resuming import broken
+from paralign.models.errors import CheckpointError
 
 from .pool import RankFailure, RankPool
 from .toy import forget_checksums, losses_of, make_toy, train_and_tell, train_recipe, write_recipe
@@ -54,10 +58,15 @@ def saved(toy: Path, ranks: RankPool) -> Path:
     return toy / "whole"
 
 
+def _mesh(rank: int, world_size: int) -> Mesh:
+    """As much of one as a look at files asks for."""
+    return Mesh(None, rank, world_size, torch.device("cpu"), {})  # type: ignore[arg-type]
+
+
 def harmed_in_every_way(rank: int, world_size: int, directory: Path) -> dict[str, bool]:
     """For each file and harm whether it is found; the files are as before afterwards."""
-    mesh: Any = SimpleNamespace(rank=rank, world_size=world_size)  # what the check asks of it
-    found = {}
+    mesh, found = _mesh(rank, world_size), {}
+    resuming.PAUSE_SECONDS = 0.0
     assert broken(directory, mesh) == []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         held = path.read_bytes()
@@ -167,3 +176,45 @@ def test_minutes_save_as_well_as_steps(toy: Path, ranks: RankPool) -> None:
     assert [path.name for path in store.complete(toy / "minutes/checkpoints")] == [
         f"iter_{step:07d}" for step in (1, 2, 3)
     ]
+
+
+def that_sees_other_files(rank: int, world_size: int, root: Path, how: str) -> tuple[str, list[str]]:
+    """What the second rank's file system shows differs: a file it cannot read, bytes, a listing that is behind."""
+    resuming.PAUSE_SECONDS = 0.0
+    if rank == 1 and how == "listing":
+        complete = store.complete
+        store.complete = lambda *args, **options: complete(*args, **options)[:-1]
+    if rank == 1 and how in ("unreadable", "other bytes"):
+        fault = "cannot be read (Input/output error)" if how == "unreadable" else "other content"
+        resuming.file_fault = lambda path, digest: fault if path.suffix == ".distcp" else None
+    mesh = _mesh(rank, world_size)
+    try:
+        found = resuming.newest_whole(root, mesh, at_most=None, set_aside=True)
+    except CheckpointError as error:
+        return str(error), sorted(path.name for path in root.iterdir())
+    assert found.newest
+    return found.newest.name, sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("how", ["listing", "unreadable", "other bytes"])
+def test_all_ranks_go_on_from_one_checkpoint_whatever_one_of_them_sees(
+    how: str, saved: Path, tmp_path: Path, ranks: RankPool
+) -> None:
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    first, second = ranks.run(2, that_sees_other_files, tmp_path / "checkpoints", how)
+    assert first == second
+    assert not [name for name in first[1] if "broken" in name]
+    if how == "listing":
+        assert first[0] == "iter_0000012"
+    else:
+        assert "rank 1 finds: " in first[0]
+        assert "rank 0 does not" in first[0]
+
+
+def test_the_plan_of_packs_is_not_read_from_a_broken_file(saved: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(saved / "checkpoints", run_dir / "checkpoints")
+    assert packing_of_run(run_dir) == MIXED
+    path = run_dir / "checkpoints/iter_0000012/progress.json"
+    path.write_text(path.read_text().replace("/packing 2", "/pacjing 2"))
+    assert packing_of_run(run_dir) == MIXED
