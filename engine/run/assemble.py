@@ -306,11 +306,11 @@ def build_checkpoints(
     )
     mesh = learner.model.mesh
     _refuse_unless_equal(fingerprint, mesh)
-    if recipe.checkpoint.resume == "never" and replay_step is None:
-        if there := mesh.from_main(lambda: store.latest(root)):
-            raise CheckpointError(
-                f"{root}: has {there.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
-            )
+    fresh = recipe.checkpoint.resume == "never" and replay_step is None
+    if fresh and (there := mesh.from_main(lambda: store.latest(root))):
+        raise CheckpointError(
+            f"{root}: has {there.name}, and checkpoint.resume is never; choose another run_dir, or resume: auto"
+        )
     found = newest_whole(root, mesh, at_most=replay_step, set_aside=replay_step is None)
     if (newest := found.newest) is None:
         return checkpoints, Start(0, None, found.passed_over)
