@@ -20,9 +20,8 @@ def test_ten_kills_are_survived_and_leave_nothing(tmp_path: Path) -> None:
     assert [trial for trial in done if not trial.survived or trial.left] == []
 
 
-@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
-def test_the_committed_campaign_is_whole(results: Path) -> None:
-    done = trials(results)
+def test_the_committed_campaign_is_whole() -> None:
+    done = trials(RESULTS[-1])
     assert len(done) >= 100
     assert {(trial.victim, trial.moment) for trial in done} == set(CELLS)
     assert [trial for trial in done if not trial.survived or trial.left] == []
