@@ -147,7 +147,14 @@ def launch(
         list[str] | None,
         typer.Option(metavar="NAME[=VALUE]", help="Any other option of sbatch; may be given several times."),
     ] = None,
-    print_only: Annotated[bool, typer.Option("--print", help="Show the script and submit nothing.")] = False,
+    print_only: Annotated[
+        bool,
+        typer.Option(
+            "--print",
+            help="Show the script; check and submit nothing. Its warning comes 10 minutes before the time limit; "
+            "the check gives a longer one where a save takes long.",
+        ),
+    ] = False,
 ) -> None:
     """Check a recipe, then submit it to SLURM."""
     from .processes.slurm import Job, batch_script, options_of, submit

@@ -35,7 +35,7 @@ from paralign.models.errors import CheckpointError
 from paralign.models.weights import Shape, Views, in_blocks
 
 from ..files.whole_file import write_whole
-from .rawfile import MappedBytes, WriteBehind, lightly, raw
+from .rawfile import MappedBytes, MappedFiles, WriteBehind, lightly, raw
 from .tensor_digest import refuse_other
 from .unpickle import METADATA, Names, Restricted, inert, read_metadata, unreadable
 
@@ -76,6 +76,8 @@ class CheckpointFiles:
                 )
         self.files = [directory / file for file in sorted(ends)]
         self._mapped = {file: MappedBytes(directory / file) for file in ends}
+        self._files = MappedFiles(self._mapped.values())
+        self.own, self.release = self._files.own, self._files.release
         self.stored: dict[str, TensorStorageMetadata] = {
             name: stored
             for name, stored in metadata.state_dict_metadata.items()
@@ -87,6 +89,7 @@ class CheckpointFiles:
 
         Raises:
             CheckpointError: what is stored is not a tensor as `torch.save` writes it.
+            WeightsError: a file has changed since the checkpoint was opened.
         """
         stored = self.stored[name]
         whole = None
@@ -105,7 +108,7 @@ class CheckpointFiles:
             target = whole
             for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
                 target = target.narrow(dim, start, size)
-            target.copy_(piece)
+            target.copy_(self.own(piece))
         assert whole is not None
         self.release()
         return whole
@@ -131,15 +134,10 @@ class CheckpointFiles:
                 continue
             flat = mapped.tensor(record.start, torch.uint8, record.length)
             found = 0
-            for (block,) in lightly(in_blocks([flat]), mapped.release):
+            for (block,) in lightly(in_blocks([flat]), mapped):
                 found = zlib.crc32(raw(block), found)
             other = "" if found == record.crc32 else "other bytes than its CRC32 says"
             refuse_other(self._directory / item.relative_path, name, other)
-
-    def release(self) -> None:
-        """Drops the pages that reading has brought into memory."""
-        for mapped in self._mapped.values():
-            mapped.release()
 
     def _piece(self, name: str, item: Any) -> Tensor:
         record = self._record(name, item)
@@ -148,14 +146,15 @@ class CheckpointFiles:
         if not n_elements:
             return torch.empty(plan.shape, dtype=plan.dtype)
         path = self._directory / item.relative_path
+        flat = self._mapped[item.relative_path].tensor(record.start, plan.dtype, n_elements)
         try:
-            flat = self._mapped[item.relative_path].tensor(record.start, plan.dtype, n_elements)
             return flat.as_strided(plan.shape, plan.stride, plan.first)
         except Exception as error:  # of a plan that does not fit its bytes
             raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
 
     def _record(self, name: str, item: Any) -> _Record:
         path = self._directory / item.relative_path
+        self._files.check()
         try:
             with path.open("rb") as file, zipfile.ZipFile(_View(file, item.offset, item.length)) as archive:
                 pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))

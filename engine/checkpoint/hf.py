@@ -31,7 +31,7 @@ from ..files.json_file import json_text, read_json
 from ..files.whole_file import write_whole
 from .file_manifest import digest_directory
 from .manifest import Digest, write_manifest
-from .rawfile import Behind
+from .rawfile import Behind, MappedFiles
 from .tensor_digest import digest, refuse_other, tensor_fault
 from .tensorfile import DTYPES, Entry, MappedFile, TensorFileWriter, file_layout, read_header
 
@@ -84,6 +84,8 @@ class HFReader:
         for file, entries in headers.items():
             mapped = MappedFile(directory / file, entries)
             self._files |= dict.fromkeys(entries, mapped)
+        self._mapped = MappedFiles(file.bytes for file in set(self._files.values()))
+        self.own, self.release = self._mapped.own, self._mapped.release
         _check_tensors(
             directory,
             {name: entry for entries in headers.values() for name, entry in entries.items()},
@@ -92,7 +94,12 @@ class HFReader:
         )
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, memory-mapped, in the dtype of the file: slice it to read only the slice."""
+        """The whole tensor, memory-mapped, in the dtype of the file: slice it to read only the slice.
+
+        Raises:
+            WeightsError: a file has changed since the directory was opened.
+        """
+        self._mapped.check()
         return self._files[name][name]
 
     def dtype(self) -> torch.dtype:
@@ -115,13 +122,8 @@ class HFReader:
         """Raises WeightsError unless a rule's tensors are what the manifest says, if it says anything."""
         for name in rule.hf if self.expected else ():
             file = self._files[name]
-            fault = tensor_fault(rule.shapes[name], [file[name]], self.expected.get(name), file.release)
+            fault = tensor_fault(rule.shapes[name], [file[name]], self.expected.get(name), file.bytes)
             refuse_other(file.path, name, fault)
-
-    def release(self) -> None:
-        """Drops the pages that reading has brought into memory."""
-        for file in set(self._files.values()):
-            file.release()
 
 
 def one_dtype(dtypes: Mapping[torch.dtype, str], directory: Path, error: type[Exception]) -> torch.dtype:

@@ -69,8 +69,11 @@ class ModelSource(Protocol):
     def check(self, rule: Rule) -> None:
         """Reads a rule's tensors; raises WeightsError unless they are what was written, as far as that is known."""
 
+    def own(self, block: Tensor) -> Tensor:
+        """The block in memory of its own, where it is mapped; raises WeightsError if the file has changed."""
+
     def release(self) -> None:
-        """Drops the pages of the files that reading has brought into memory."""
+        """Drops the pages of the files that reading has brought into memory; raises WeightsError as `own`."""
 
 
 class NativeSource:
@@ -92,6 +95,7 @@ class NativeSource:
         self.arch = arch_of(self.assets)
         self.rules = rules_for(self.arch)
         self._checkpoint = CheckpointFiles(directory)
+        self.own = self._checkpoint.own
         self.files = self._checkpoint.files
         self._rule_of = {name: rule for rule in self.rules for name in rule.hf}
         self._last: tuple[str, Mapping[str, Tensor]] = ("", {})
@@ -150,7 +154,7 @@ class NativeSource:
             refuse_other(
                 self._checkpoint.files_of(name)[0],
                 name,
-                tensor_fault(rule.shapes[name], parts, self.expected.get(name), self._checkpoint.release),
+                tensor_fault(rule.shapes[name], parts, self.expected.get(name), self._checkpoint),
             )
 
     def release(self) -> None:

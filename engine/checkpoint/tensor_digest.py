@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from paralign.models.errors import WeightsError
 from paralign.models.weights import Views, in_blocks
 
 from .manifest import Digest
-from .rawfile import lightly, raw
+from .rawfile import Mapped, lightly, raw
 
 
-def digest(shape: Sequence[int], parts: Views, release: Callable[[], None] = lambda: None) -> Digest:
-    """The digest of a tensor of `shape` on the CPU; `release` drops what was read of a mapped one."""
+def digest(shape: Sequence[int], parts: Views, *sources: Mapped) -> Digest:
+    """The digest of a tensor of `shape` on the CPU; `sources` are those that it may be mapped from."""
     hasher = hashlib.sha256()
     name = ""
-    for (block,) in lightly(in_blocks(parts), release):
+    for (block,) in lightly(in_blocks(parts), *sources):
         hasher.update(raw(block))
         name = str(block.dtype).removeprefix("torch.")
     return Digest(list(shape), name, hasher.hexdigest())
 
 
-def tensor_fault(
-    shape: Sequence[int], parts: Views, expected: Digest | None, release: Callable[[], None]
-) -> str:
+def tensor_fault(shape: Sequence[int], parts: Views, expected: Digest | None, source: Mapped) -> str:
     """In what a tensor differs from what its manifest says, in words; empty where in nothing."""
     if expected is None:
         return "not in the manifest"
-    found = digest(shape, parts, release)
+    found = digest(shape, parts, source)
     if expected.shape != found.shape:
         return f"shape {found.shape}, expected {expected.shape}"
     if expected.dtype != found.dtype:

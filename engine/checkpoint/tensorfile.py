@@ -94,17 +94,20 @@ def _entry(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> 
 
 
 class MappedFile:
-    """Tensors of one file, mapped into memory: a slice of one reads from disk what it covers."""
+    """Tensors of one file, mapped into memory: a slice of one reads from disk what it covers.
+
+    Attributes:
+        bytes: those of the file.
+    """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self._entries = path, entries
-        self._bytes = MappedBytes(path)
-        self.release = self._bytes.release
+        self.bytes = MappedBytes(path)
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor, lazily; its dtype must be one of `DTYPES`."""
         entry = self._entries[name]
-        flat = self._bytes.tensor(entry.start, DTYPES[entry.dtype], math.prod(entry.shape))
+        flat = self.bytes.tensor(entry.start, DTYPES[entry.dtype], math.prod(entry.shape))
         return flat.view(entry.shape)
 
 

@@ -11,6 +11,7 @@ from paralign.models.weights import Rule, Views, bit_equal, in_blocks
 
 from .file_manifest import file_fault
 from .manifest import MANIFEST, Digest, read_manifest
+from .rawfile import lightly
 from .source import ModelSource, open_unchecked
 from .tensor_digest import tensor_fault
 from .workers import ByteBar, over
@@ -61,7 +62,7 @@ def _tensors_differ(source: ModelSource, expected: Mapping[str, Digest], workers
         found = [
             Difference(name, words)
             for name, parts in source.stored(rule).items()
-            if (words := tensor_fault(rule.shapes[name], parts, expected.get(name), source.release))
+            if (words := tensor_fault(rule.shapes[name], parts, expected.get(name), source))
         ]
         source.release()
         return found
@@ -92,7 +93,7 @@ def compare(left: Path, right: Path, *, workers: int = 1) -> list[Difference]:
             elif rule.shapes[name] != other.shapes[name]:
                 words = f"shape {list(rule.shapes[name])} and {list(other.shapes[name])}"
                 found.append(Difference(name, words))
-            elif words := _values_differ(parts, others[name]):
+            elif words := _values_differ(parts, others[name], ours, theirs):
                 found.append(Difference(name, words))
         ours.release()
         theirs.release()
@@ -119,9 +120,9 @@ def _over_rules(
         return [difference for found in over(source.rules, checked, workers) for difference in found]
 
 
-def _values_differ(left: Views, right: Views) -> str:
+def _values_differ(left: Views, right: Views, *sources: ModelSource) -> str:
     largest: float | None = None
-    for ours, theirs in in_blocks(left, right):
+    for ours, theirs in lightly(in_blocks(left, right), *sources):
         if ours.dtype != theirs.dtype:
             return f"{ours.dtype} and {theirs.dtype}".replace("torch.", "")
         if not bit_equal(ours, theirs):

@@ -213,7 +213,7 @@ class _Job:
         Raises what `sound` does: meanwhile another thread finds whether the source is what it was.
         """
         behind, hasher = Behind(), hashlib.sha256()
-        for (block,) in lightly(in_blocks(parts), self._source.release):
+        for (block,) in lightly(in_blocks(parts), self._source):
             cast = block.to(self._dtype)
             if fault := _not_finite(name, block, cast):
                 sound.result()  # a broken source says so
@@ -235,11 +235,14 @@ class _Job:
         def check(i: int) -> dict[str, Digest]:
             rule = written.rules[i]
             stored = written.stored(rule)
-            hashed = {name: hasher.submit(digest, rule.shapes[name], parts) for name, parts in stored.items()}
+            hashed = {
+                name: hasher.submit(digest, rule.shapes[name], parts, written)
+                for name, parts in stored.items()
+            }
             original, back = self._source.tensors(self._source.rules[i]), written.tensors(rule)
             for name in rule.hf:
                 pairs = in_blocks(original[name], back[name])
-                for expected, found in lightly(pairs, self._source.release, written.release):
+                for expected, found in lightly(pairs, self._source, written):
                     if not bit_equal(expected.to(self._dtype), found):
                         raise WeightsError(
                             f"{written.directory}: {name} was not read back as written; is the disk sound?"

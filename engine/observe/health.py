@@ -140,7 +140,7 @@ class Health:
                     if answers is not None:  # what this rank asked is settled
                         shutil.rmtree(self._directory, ignore_errors=True)
                         answers = None
-                    elif self._directory.exists():
+                    elif self._directory.name in _names(self._directory.parent):
                         self._answer()
                     continue
                 if answers is None:
@@ -223,8 +223,10 @@ class _Answers:
     def youngest(self, stall_seconds: float) -> float:
         """Seconds since some rank moved last; `stall_seconds` while one that moves may still answer."""
         now = time.monotonic()
+        there = _names(self._directory)
         for rank in range(self._world_size):
-            position = _read(_file(self._directory, rank))
+            path = _file(self._directory, rank)
+            position = _read(path) if path.name in there else None
             if position and (rank not in self._met or self._met[rank][0] != position):
                 self._met[rank] = position, now
         found = min((position.still + now - met for position, met in self._met.values()), default=math.inf)
@@ -254,6 +256,12 @@ def describe_stall(positions: Mapping[int, Position], world_size: int) -> str:
         f"rank {slow.rank} on {slow.host} stalled: {place}, {slow.operation}, for {slow.still:.0f} s; "
         "the others wait for it"
     )
+
+
+def _names(directory: Path) -> set[str]:
+    """What a directory holds now: NFS asks the server when one is opened; that a name is absent it keeps for up to a
+    minute, which is longer than anybody waits for an answer."""
+    return set(os.listdir(directory))
 
 
 def _file(directory: Path, rank: int) -> Path:

@@ -26,7 +26,7 @@ class Job:
         gpus_per_node: a rank runs on each.
         time: in SLURM's notation, such as 2-00:00:00; None leaves its default.
         cpus_per_task: of each rank; None shares a node's evenly.
-        mem: of a node, in SLURM's notation; 0 is all of it.
+        mem: of a node, in SLURM's notation; 0 is all of it. Left out where `others` give it by CPU or GPU.
         exclusive: nobody else runs on the nodes.
         requeue: queue the job again when its time limit stops the run.
         save_seconds: that a save takes; the warning before the time limit comes early enough for three.
@@ -73,6 +73,7 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
     Raises:
         RecipeError: a value that no line of a batch script can hold.
     """
+    run_dir = run_dir.absolute()  # sbatch's chdir does not move it
     log = str(run_dir).replace("\\", "\\\\").replace("%", "%%") + "/slurm-%j.log"
     options: dict[str, str | None] = {
         "job-name": recipe.stem,
@@ -88,6 +89,8 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
         if (value := getattr(job, name)) is not None:
             options[name.replace("_", "-")] = str(value)
     options |= {name: None for name in ("exclusive", "requeue") if getattr(job, name)}
+    if any(name.startswith("mem-per-") for name in job.others):
+        del options["mem"]  # sbatch refuses both
     options |= job.others
     lines = [
         f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(name, value)}")

@@ -45,6 +45,11 @@ SAVE_BYTES_PER_SECOND = (
     5e8  # of a rank that serialises, hashes and writes to a shared file system, if it is slow
 )
 TORCHRUN_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+ENOUGH_TIME = {  # what to do where SLURM leaves too little of it
+    "KillWait": "before scancel use `scancel --signal=USR1 JOB`",
+    "GraceTime": "before preemption have PreemptParameters=send_user_signal or a longer GraceTime in SLURM, or lose "
+    "little: checkpoint.save_every_minutes",
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class CheckReport:
             words += f"; torchrun waits {agent} s after SIGTERM: set {TORCHRUN_WAITS}={math.ceil(2 * needed)}"
         for name, waits in waits_of_slurm().items():
             if needed > waits / 2:
-                words += f"; SLURM's {name} is {waits} s: before scancel use `scancel --signal=USR1 JOB`"
+                words += f"; SLURM's {name} is {waits} s: {ENOUGH_TIME[name]}"
         return words
 
     def __rich__(self) -> Panel:

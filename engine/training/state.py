@@ -150,14 +150,16 @@ class NativeCheckpoints:
         except (Exception, CheckpointException) as error:  # torch's is a BaseException, and seldom says why
             self._pending = None
             newest = store.latest(self.root)
-            kept = f"{newest} is complete and stays" if newest else "there is none before it"
+            published = newest == what and not store.unfinished(what).exists()
             disk = next(path for path in (self.root, *self.root.absolute().parents) if path.is_dir())
-            free = shutil.disk_usage(disk).free / 1e9
+            free = f"{shutil.disk_usage(disk).free / 1e9:.3f} GB are free there"
             why = error if isinstance(error, ParalignError | OSError) else repr(error)
-            raise CheckpointError(
-                f"{what}: could not be written ({why}), {free:.3f} GB are free there; {kept}; "
-                "mend that and start the run again"
-            ) from error
+            if published:
+                text = f"{what}: is complete and stays, but what follows a save failed ({why}), {free}"
+            else:
+                kept = f"{newest} is complete and stays" if newest else "there is none before it"
+                text = f"{what}: could not be written ({why}), {free}; {kept}"
+            raise CheckpointError(f"{text}; mend that and start the run again") from error
 
     def load(self, directory: Path) -> store.Progress:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,34 @@ def test_the_second_is_told_who_has_it_and_a_kill_frees_it(tmp_path: Path, holde
     with locked(tmp_path):
         assert time.monotonic() - began < 5
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("starter", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "another host"])
+def test_a_run_that_is_started_again_waits_until_the_server_forgets_a_lost_node(
+    starter: str,
+    tmp_path: Path,
+    holders: list[Holder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(lock, "JUST_ENDING", 0.2)
+    holders.append(Holder(tmp_path))
+    with pytest.raises(TrainingError, match="in use by process"), locked(tmp_path):
+        pytest.fail("it is locked")
+    assert "; waiting for its end, 0 s at most" in capsys.readouterr().err
+    if starter == "another host":
+        monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
+    else:
+        monkeypatch.setenv(starter, "77")
+    threading.Timer(1, holders[0].kill).start()
+    with locked(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"in use by process {holders[0].process.pid} on " in said
+    assert "; waiting for its end, 120 s at most" in said
 
 
 def test_a_file_system_without_locks_is_told_and_used(

@@ -128,3 +128,16 @@ def test_of_ranks_that_answer_the_one_behind_or_longest_still_is_slow() -> None:
     assert describe_stall(written, 4).startswith("rank 0 ")
     written[3] = replace(written[3], step=6, still=1.0)
     assert describe_stall(written, 4).startswith("rank 3 ")
+
+
+def test_a_question_is_seen_where_nfs_still_says_that_the_name_is_absent(
+    ranks: Callable[[int, int], list[Health]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [health] = ranks(1, 2)
+    exists = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path, **options: path.name != "stall" and exists(path, **options)
+    )
+    (tmp_path / "stall").mkdir()
+    move(health, STALL)
+    assert (tmp_path / "stall/rank_00000.txt").is_file()

@@ -105,6 +105,24 @@ def test_any_option_of_sbatch_is_passed_on_and_quoted() -> None:
         batch_script(RECIPE, [], Job(1, 8, others={"comment": "a\n#SBATCH --x"}), run_dir=Path("/runs"))
 
 
+@pytest.mark.parametrize("name", ["mem-per-gpu", "mem-per-cpu"])
+def test_memory_is_asked_for_in_one_way_only(name: str) -> None:
+    others = options_of([f"{name}=90G"])
+    script = batch_script(RECIPE, [], Job(1, 8, others=others), run_dir=Path("/runs"))
+    assert f"#SBATCH --{name}=90G\n" in script
+    assert "--mem=" not in script
+
+
+def test_another_working_directory_does_not_move_log_and_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = Job(1, 8, requeue=True, others={"chdir": "/scratch"})
+    script = batch_script(RECIPE, [], job, run_dir=Path("runs/a"))
+    assert f"#SBATCH --output={tmp_path}/runs/a/slurm-%j.log\n" in script
+    assert f"export {STOPPED}={tmp_path}/runs/a/slurm-$SLURM_JOB_ID.stopped\n" in script
+
+
 def test_the_warning_leaves_time_for_a_long_save() -> None:
     script = batch_script(RECIPE, [], Job(1, 8, save_seconds=1000), run_dir=Path("/runs"))
     assert "#SBATCH --signal=USR1@3000\n" in script

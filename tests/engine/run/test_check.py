@@ -11,6 +11,7 @@ import pytest
 
 from paralign.engine.data.epochs import with_packing
 from paralign.engine.data.packing import MIXED, PLAIN
+from paralign.engine.run import check as module
 from paralign.engine.run.check import CheckReport, check, packing_of_run
 from paralign.engine.run.recipe import load
 from paralign.models.errors import DataError, LayoutError, ParalignError, RecipeError, WeightsError
@@ -55,6 +56,20 @@ def test_the_report_says_what_matters(project: Path) -> None:
     assert facts["train"].startswith("40 samples")
     assert "±" in facts["a step"]
     assert facts["steps"].startswith("2 epochs ×")
+
+
+def test_too_little_time_to_save_has_a_remedy_that_fits(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_BYTES_PER_SECOND", 1.0)
+    for name, remedy in (
+        ("KillWait", "before scancel use `scancel --signal=USR1 JOB`"),
+        ("GraceTime", "PreemptParameters=send_user_signal or a longer GraceTime"),
+    ):
+        monkeypatch.setattr(module, "waits_of_slurm", lambda name=name: {name: 30})
+        assert f"SLURM's {name} is 30 s: " in (said := checked().facts()["to stop"])
+        assert remedy in said
+        assert ("scancel" in said) == (name == "KillWait")
 
 
 @pytest.mark.parametrize(
