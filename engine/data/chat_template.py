@@ -33,11 +33,16 @@ State = tuple[Any, ...]
 # An operation is about a microsecond.
 OPERATIONS = 500_000  # of a rendering, whatever the conversation
 PER_INPUT = 200  # and for each turn, each of its values, and each 1,024 characters
+PER_TOOL = 2  # and at each turn for each value of the tools, which some templates write at each question
+MOST_FOR_TOOLS = 2_500_000  # of these
 LETTERS_OUT = 1 << 18  # characters that a rendering may write, whatever the conversation
 PER_LETTER = 16  # and for each character of it
+MOST_LETTERS_OF_TOOLS = 1 << 26  # and at each turn twice as many as the tools have, up to this
 LETTERS = 1 << 10  # characters that cost as much as an operation
+LONGEST_TEXT = 1 << 28  # characters that are made at once out of fewer
 LONGEST_TEMPLATE = 1 << 18  # characters; the longest that models come with have a tenth
-MOST_BITS = 1 << 12  # of an integer
+MOST_BITS = 1 << 14  # of an integer; Python reads no longer one from a record
+_TOO_LARGE = f"a number of more than {MOST_BITS:,} bits"
 # In a format, a width of thousands, or a computed one.
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^{}]*\d{4}|\{[^{}]+\{")
 # Filters and methods whose result is as long as the product of their arguments; of the others it is the sum.
@@ -100,6 +105,8 @@ class _Rendering:
                 total += len(value) // LETTERS
                 self.letters += len(value)
             elif isinstance(value, int):
+                if value.bit_length() > MOST_BITS:
+                    raise SecurityError(_TOO_LARGE)
                 total += value.bit_length() // LETTERS
             elif isinstance(value, Mapping):
                 waiting += value
@@ -125,13 +132,11 @@ class _Rendering:
         elif name in _FORMATS:
             cost = self.formatting(first, others)
         elif name == "replace" and len(others) > 1:
-            cost += (_size(first) + 1 if not _count(first, others[0]) else _count(first, others[0])) * (
-                1 + _size(others[1]) // LETTERS
-            )
+            cost += _repeated(_size(others[1]), _count(first, others[0]) or _size(first) + 1)
         elif name == "join" and others:
             text, parts = (first, others[0]) if isinstance(first, str) else (others[0], first)
             n_parts = len(parts) if isinstance(parts, Sized) else self.largest
-            cost += n_parts * (1 + _size(text) // LETTERS)
+            cost += _repeated(_size(text), n_parts)
         self.spend(cost)
 
     def formatting(self, template: object, values: Sequence[Any]) -> int:
@@ -148,6 +153,13 @@ def _size(value: object) -> int:
     if isinstance(value, int | float):
         return int(min(abs(value), 1 << 40)) if value == value else 1
     return len(value) if isinstance(value, Sized) else 1
+
+
+def _repeated(n_letters: int, times: int) -> int:
+    """Operations to write some characters again and again, each time on its own."""
+    if n_letters * times > LONGEST_TEXT:
+        raise TooMuchWork
+    return times * (1 + n_letters // LETTERS)
 
 
 def _count(text: object, part: object) -> int:
@@ -351,7 +363,7 @@ class _Metering(NodeTransformer):
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
         self.generic_visit(node)
-        return self._counting(node)
+        return self._counting(node, 3)
 
     visit_CallBlock = visit_Macro
 
@@ -376,9 +388,9 @@ class _Metering(NodeTransformer):
     visit_Tuple = visit_Dict = visit_List
 
     @staticmethod
-    def _counting(node: Any) -> nodes.Node:
+    def _counting(node: Any, at_least: int = 1) -> nodes.Node:
         n_nodes = sum(1 for _ in node.find_all(nodes.Node))
-        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(1 + n_nodes // 16), "_tick")))
+        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(at_least + n_nodes // 16), "_tick")))
         return node
 
 
@@ -389,7 +401,7 @@ def _filtered(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Fil
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja as transformers sets it up for chat templates, with everything counted."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
         super().__init__(
@@ -432,12 +444,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if len(factors) == 1 and (isinstance(left, Sized) or isinstance(right, Sized)):
                 weight *= 1 + max(0, factors[0])
                 if isinstance(left, str | bytes) or isinstance(right, str | bytes):
-                    weight = 1 + (_size(left) * _size(right)) // LETTERS
+                    weight = _repeated(_size(left) * _size(right), 1)
             elif len(factors) == 2 and sum(factor.bit_length() for factor in factors) > MOST_BITS:
-                raise SecurityError(f"a number of more than {MOST_BITS} bits")
+                raise SecurityError(_TOO_LARGE)
         elif operator == "**":
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MOST_BITS:
-                raise SecurityError(f"a number of more than {MOST_BITS} bits")
+                raise SecurityError(_TOO_LARGE)
         elif operator == "%" and isinstance(left, str | bytes):
             weight = rendering.formatting(left, (right,))
         rendering.spend(weight)
@@ -582,8 +594,16 @@ class ChatTemplate:
             TooMuchWork: it does not end, or writes without measure.
         """
         rendering = self._sandbox.rendering = _Rendering(sys.maxsize)
-        rendering.left = OPERATIONS + PER_INPUT * rendering.weigh(list(turns), tools)
-        most_letters = LETTERS_OUT + PER_LETTER * rendering.letters
+        n_tools, letters_of_tools = rendering.weigh(tools), rendering.letters
+        n_input = n_tools + rendering.weigh(list(turns))
+        rendering.left = (
+            OPERATIONS + PER_INPUT * n_input + min(PER_TOOL * n_tools * len(turns), MOST_FOR_TOOLS)
+        )
+        most_letters = (
+            LETTERS_OUT
+            + PER_LETTER * rendering.letters
+            + min(PER_TOOL * letters_of_tools * len(turns), MOST_LETTERS_OF_TOOLS)
+        )
         rendering.largest = max((rendering.weigh(turn) for turn in turns), default=1)
         track = _Track(rendering, len(turns))
         pieces = []

@@ -217,6 +217,17 @@ NEVER_END = {
     "lipsum": "{{ lipsum(n=1000000) }}",
     "json": "{{ [1] | tojson(indent=1000000000) }}",
     "bytes": "{{ (1).to_bytes(10000000000, 'big') }}",
+    **{
+        f"{operator} of numbers that are too large": (
+            "{% set a = ('v' * 200000) | int(0, 32) %}{% set b = ('v' * 100000) | int(0, 32) %}"
+            "{% for i in range(200) %}{% set c = a " + operator + " b %}{% endfor %}"
+        )
+        for operator in ("//", "%", "-", "+", "*", "/", "**")
+    },
+    "a large number of the template": "{% set a = 0x"
+    + "f" * 90000
+    + " %}{% for i in range(99999) %}{% set c = a // 7 %}{% endfor %}",
+    "a large number by a call": "{{ (0).from_bytes(('a' * 99999).encode(), 'big') - 1 }}",
     "a date": "{{ strftime_now('%1000000000Y') }}",
     "sums": "{{ [[1]] * 9999 | sum(start=[]) }}",
     "recursion": "{% for x in [1] recursive %}{{ loop(range(99999)) }}{% endfor %}",
@@ -256,3 +267,33 @@ def test_a_long_conversation_may_take_as_long_as_it_is():
     assert len(render(template, [{"role": "user", "content": "x" * 30_000_000}])) > 30_000_000
     content = json.dumps([["x"] * 10] * 1000)
     assert render(template, [{"role": "user", "content": content}] * 3000).count("[[") == 3000
+
+
+def test_many_tools_may_be_written_at_each_of_many_turns():
+    """In the manner of Mistral 7B v0.3, whose template writes them at each question that is equal to the last."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m == messages[-1] %}{% for tool in tools %}"
+        "{% for key, value in tool.function.items() %}{{ key }}: {{ value | tojson }}{% if not loop.last %}, {% endif %}"
+        "{% endfor %}{% endfor %}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    parameters = {
+        "type": "object",
+        "properties": {f"a{i}": {"type": "string", "enum": ["x"]} for i in range(8)},
+    }
+    tools = [
+        {"function": {"name": f"f{i}", "description": "Adds. " * 20, "parameters": parameters}}
+        for i in range(100)
+    ]
+    start = time.process_time()
+    question, answer = {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so."}
+    text = template.render([question, answer, answer, question] * 30, tools, NAMES).text
+    assert text.count("parameters") == 60 * 100
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a - b }}{% endfor %}{% endfor %}"
+    with pytest.raises(TooMuchWork):
+        ChatTemplate(loops).render([question] * 500, tools, NAMES)
+    assert time.process_time() - start < 10
+
+
+def test_a_number_as_large_as_a_record_may_have_is_rendered():
+    number = int("9" * 4300)
+    assert ChatTemplate("{{ messages[0].n }}").render([{"n": number}], None, NAMES).text == str(number)
