@@ -403,7 +403,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self) -> None:
+    def __init__(self, now: datetime) -> None:
+        self.now = now
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -429,7 +430,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "dict": _make_dict,
             "namespace": self._namespace,
             "raise_exception": _raise_exception,
-            "strftime_now": strftime_now,
+            "strftime_now": self._date,
         }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -506,6 +507,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.rendering.weigh(text)
         return text
 
+    def _date(self, format: str) -> str:
+        """The date, in a format of strftime."""
+        if _WIDE.search(format):
+            raise SecurityError("a date with a width of thousands")
+        return self.now.strftime(format)
+
     def _namespace(self, *args: Any, **kwargs: Any) -> _Namespace:
         made = _Namespace(*args, **kwargs)
         self.rendering.namespaces.append(made)
@@ -550,24 +557,20 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def strftime_now(format: str) -> str:
-    """Today, in a format of strftime."""
-    if _WIDE.search(format):
-        raise SecurityError("a date with a width of thousands")
-    return datetime.now().strftime(format)
-
-
 class ChatTemplate:
     """A template that is compiled once, and renders conversations.
+
+    Args:
+        now: the date that the template writes, if it writes one; None is today.
 
     Raises:
         TemplateError: it is no jinja, or longer than any template of a model.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, now: datetime | None = None) -> None:
         if len(text) > LONGEST_TEMPLATE:
             raise TemplateError(f"it has {len(text):,} characters; expected at most {LONGEST_TEMPLATE:,}")
-        self._sandbox = _Sandbox()
+        self._sandbox = _Sandbox(now or datetime.now())
         try:
             self._template = self._sandbox.from_string(text)
         except TemplateError:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
@@ -47,6 +48,7 @@ class Rendering:
     """All that decides the tokens of a record, besides the record and its source.
 
     Attributes:
+        now: the date that a chat template writes, if it writes one; None is today.
         skip_bad: leave out records that cannot be read or rendered, and count them.
     """
 
@@ -54,10 +56,11 @@ class Rendering:
     template: str | None
     loss_on: LossOn
     skip_bad: bool = False
+    now: datetime | None = None
 
     def open(self) -> Renderer:
         """The renderer, which does not travel between processes."""
-        return Renderer(self.tokenizer_dir, self.template, self.loss_on)
+        return Renderer(self.tokenizer_dir, self.template, self.loss_on, self.now)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Encoded:
         n_bytes: of the source, covered by the chunk.
         bad: what was wrong with each record that was left out.
         answers: of ANSWER, one per sample where samples are answers, else empty.
-        n_remade: samples that older versions refused, see `Renderer.n_remade`.
+        n_remade: samples that older versions refused or made otherwise, see `Renderer.n_remade`.
     """
 
     source: int

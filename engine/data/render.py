@@ -13,6 +13,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -33,6 +34,8 @@ from .turns import cut
 
 _OURS = Path(__file__).parent / "templates"
 MOST_ROLES = 20  # that an error names
+NO_TOOLS, TOOLS = "default", "tool_use"  # names of templates, where a tokenizer has several
+_THINKING = re.compile(r"[.'\"]thinking\b")  # of a turn; not enable_thinking
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -63,24 +66,36 @@ def template_text(chat_template: config.ChatTemplate) -> str | None:
     )
 
 
+def was_read_otherwise(text: str) -> bool:
+    """Whether older versions may have made other samples with a template, or the file it stands in.
+
+    They gave it the reasoning under one name, and took the first of several templates for tools too.
+    """
+    return _THINKING.search(text) is not None or f'"{TOOLS}"' in text
+
+
 class Renderer:
     """Renders and tokenises conversations with one tokenizer and one template.
 
     Attributes:
-        n_remade: samples so far that older versions refused, since the template changes turns: parts of a
-            conversation, and answers that were put behind their generation prompt.
+        n_remade: samples so far that older versions refused or made otherwise: parts of a conversation and answers
+            put behind their generation prompt, where the template changes turns; reasoning under its second name;
+            tools in a template of their own; calls with arguments as JSON text.
 
     Args:
         tokenizer_dir: a Hugging Face directory with a fast tokenizer.
         template: jinja text; None takes the tokenizer's own.
         loss_on: see `DataConfig`.
+        now: the date that the template writes, if it writes one; None is today.
 
     Raises:
         WeightsError: no fast tokenizer in the directory.
         DataError: no template, or one that is no jinja.
     """
 
-    def __init__(self, tokenizer_dir: Path, template: str | None, loss_on: LossOn) -> None:
+    def __init__(
+        self, tokenizer_dir: Path, template: str | None, loss_on: LossOn, now: datetime | None = None
+    ) -> None:
         self.n_remade = 0
         self.tokenizer = open_tokenizer(tokenizer_dir)
         self._backend: Any = self.tokenizer.backend_tokenizer
@@ -90,14 +105,19 @@ class Renderer:
             raise DataError(
                 f"{tokenizer_dir}: no chat template; set chat_template: llama3, chatml, baichuan2 or a file"
             )
-        text = template if template is not None else self.tokenizer.get_chat_template()
+        texts = {NO_TOOLS: template} if template is not None else _named(self.tokenizer.chat_template)
+        if NO_TOOLS not in texts:
+            raise DataError(
+                f"{tokenizer_dir}: its chat templates are {', '.join(map(cut, texts))}, and none is {NO_TOOLS}; "
+                "write the one that you mean to a file, and set data.chat_template to its path"
+            )
+        self._texts = texts = {name: texts[name] for name in (NO_TOOLS, TOOLS) if name in texts}
         try:
-            self._template = ChatTemplate(text)
+            self._templates = {name: ChatTemplate(text, now) for name, text in texts.items()}
         except TemplateError as error:
             raise DataError(
                 f"the chat template is no jinja: {_line(error)}; mend it, or take another"
             ) from None
-        self._marks_generation = _GENERATION.search(text) is not None
         self._names = {
             name: [str(one) for one in token] if isinstance(token, list) else str(token)
             for name, token in self.tokenizer.special_tokens_map.items()
@@ -151,6 +171,7 @@ class Renderer:
     ) -> tuple[Rendered, list[int]]:
         """The first turns as a sample, in which the last of `turns` are learned, and those that are not."""
         place = conversation.place
+        self.n_remade += self._was_made_otherwise(conversation, n_turns)
         text, marked, spans = self._spans(conversation, n_turns, turns)
         if turns and not spans:  # what follows the last answer changes it
             self.n_remade += 1
@@ -186,6 +207,17 @@ class Renderer:
         flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(tokens_L))
         return tokens_L, flat[::2], flat[1::2]
 
+    def _name(self, conversation: Conversation) -> str:
+        """Of the template that conversations like this one have, as transformers takes it."""
+        return TOOLS if conversation.tools and TOOLS in self._templates else NO_TOOLS
+
+    def _was_made_otherwise(self, conversation: Conversation, n_turns: int) -> bool:
+        name = self._name(conversation)
+        if self._texts[name] != self._texts[NO_TOOLS]:
+            return True
+        reasons = any(message.reasoning_content for message in conversation.messages[:n_turns])
+        return reasons and _THINKING.search(self._texts[name]) is not None
+
     def learns_to_stop(self, sample: Rendered) -> bool:
         """Whether the sample teaches some special token, as the one that ends a turn is."""
         return bool(np.isin(sample.tokens[sample.learned], self._stops).any())
@@ -218,22 +250,37 @@ class Renderer:
         A turn stands from the end of its generation prompt to its own end. Turns are left out from the first of
         them on up to the last that the text changes, so that none may be left.
         """
-        messages = [message.for_template() for message in conversation.messages[:n_turns]]
+        turns_to_show = conversation.messages[:n_turns]
+        messages = [message.for_template() for message in turns_to_show]
         tools = list(conversation.tools) or None
 
         def render(n: int, prompted: bool, last: Mapping[str, Any] | None = None) -> Output:
             shown = messages[:n] if last is None else [*messages[: n - 1], last]
             return self._render(conversation, shown, tools, add_generation_prompt=prompted)
 
-        whole = render(n_turns, False)
-        text, marked = whole.text, whole.marked if self._marks_generation else None
+        try:
+            whole = render(n_turns, False)
+        except DataError:
+            # Some templates join the arguments of calls to other text, as DeepSeek-V3's does.
+            if not any(message.tool_calls for message in turns_to_show):
+                raise
+            objects = messages
+            messages = [message.for_template(json_arguments=True) for message in turns_to_show]
+            try:
+                whole = render(n_turns, False)
+            except DataError:
+                messages = objects
+                whole = render(n_turns, False)  # the error of the objects
+            self.n_remade += 1
+        marks = _GENERATION.search(self._texts[self._name(conversation)]) is not None
+        text, marked = whole.text, whole.marked if marks else None
         prefixes = Prefixes(render, whole, n_turns, len(turns))
         ends_with_answer = bool(turns) and turns[-1] + 1 == n_turns
         if ends_with_answer and prefixes.length(turns[-1], text, prompted=True) is None:
             prompt = prefixes.text(turns[-1], prompted=True)
             put = _behind_prompt(prompt, text, messages[-1], lambda last: render(n_turns, False, last).text)
             if put is None:
-                raise _no_answer_behind(prompt, text, conversation.place, turns[-1])
+                raise _no_answer_behind(prompt, text, conversation, turns[-1], prefixes)
             self.n_remade += 1
             text, marked = put, None
         spans: list[Span] = []
@@ -255,7 +302,7 @@ class Renderer:
         add_generation_prompt: bool,
     ) -> Output:
         try:
-            return self._template.render(
+            return self._templates[self._name(conversation)].render(
                 messages, tools, self._names, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
@@ -318,9 +365,27 @@ def _behind_prompt(
     return None
 
 
-def _no_answer_behind(prompt: str, text: str, place: str, turn: int) -> DataError:
-    added = prompt[n_shared(prompt, text) :]
-    if len(added) > 100:
+def _no_answer_behind(
+    prompt: str, text: str, conversation: Conversation, turn: int, prefixes: Prefixes
+) -> DataError:
+    place, first = conversation.place, conversation.messages[0]
+    same = n_shared(prompt, text)
+    tag = prompt.rfind("<", 0, same)
+    added = prompt[
+        tag if prompt.find(">", tag, same) < 0 <= tag else same :
+    ]  # not from the middle of a tag on
+    try:
+        is_in_prompt = same >= n_shared(prompt, prefixes.text(turn, prompted=False))
+    except DataError:  # a template that refuses the turns without a generation prompt
+        is_in_prompt = False
+    if not is_in_prompt:
+        system = (first.content or "").strip()
+        if first.role == "system" and prompt.find(system) != text.find(system):
+            return DataError(
+                f"{place}: the chat template moves the system turn, or leaves it out, once messages[{turn}] follows, "
+                "so that the model would not see at inference what it learns from; remove the system turn and begin "
+                "the first question with its text, or take a template that only adds text"
+            )
         return DataError(
             f"{place}: the chat template changes earlier turns: the generation prompt before messages[{turn}] is not "
             "the beginning of the whole, so that the model would not see at inference what it learns from; take a "
@@ -332,6 +397,14 @@ def _no_answer_behind(prompt: str, text: str, place: str, turn: int) -> DataErro
         f"for at inference; begin the content with {added!r} and the reasoning, even an empty one, or take a "
         "template whose generation prompt adds nothing"
     )
+
+
+def _named(own: object) -> dict[str, str]:
+    """The templates of a tokenizer, by name: it has one, or several as a table or a list."""
+    if isinstance(own, list):
+        own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}
+    texts = own if isinstance(own, dict) else {NO_TOOLS: own}
+    return {name: text for name, text in texts.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _line(error: Exception) -> str:

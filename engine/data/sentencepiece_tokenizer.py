@@ -84,7 +84,7 @@ class SentencePieceTokenizer:
             "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or r"(?!)"
         )
         template = directory / "chat_template.jinja"
-        self.chat_template: str | None = (
+        self.chat_template: Any = (  # text, or a list of several
             template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
         )
 
@@ -92,10 +92,6 @@ class SentencePieceTokenizer:
     def backend_tokenizer(self) -> SentencePieceTokenizer:
         """Itself: rendering encodes with what lies behind transformers' classes."""
         return self
-
-    def get_chat_template(self) -> str:
-        assert self.chat_template is not None
-        return self.chat_template
 
     def no_truncation(self) -> None:
         """There is none."""

@@ -4,7 +4,7 @@
                          weights.bin   float32, what each token counts in the loss; 0 where it is not learned
                          samples.npz   per answer: lengths, n_loss, token_weights, lines, sources
                          answers.npy   only of preferences: per answer a row of ANSWER
-                         meta.json     n_tokens, max_token, paths; per source n_bad; first_bad; n_remade
+                         meta.json     n_tokens, max_token, paths; per source n_bad; first_bad; n_remade; now
                          checksums.json   of all these
 
 The key names the samples, and the ending this form of their files: fingerprints of runs are made of the key, so that
@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ from ..files.number_file import NumberFile
 from ..files.whole_file import name_directory, replace_directory
 from .config import DataConfig, SourceConfig
 from .encode import ANSWER, Encoded, Rendering, encode_sources
-from .render import template_text
+from .render import template_text, was_read_otherwise
 from .sources import content_files, record_format
-from .tokenizer import TOKENIZER_FILES
+from .tokenizer import OTHER_TEMPLATES, TOKENIZER_FILES
 
 VERSION = 2  # of what render makes of a conversation; part of the key
 FORM = ".v3"  # of the files above
+# Behind it for templates that older versions read otherwise: their tokens are not taken for ours, and the key stays.
+READ_ANEW = "b"
 SAID = 10**9  # bytes from which on it is said how long checking took
 SAMPLES, ANSWERS = "samples.npz", "answers.npy"
 COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
@@ -66,7 +69,7 @@ class StoredAnswers:
         lines, sources: (N,), the line that each begins at, and the index of its source.
         answers: of ANSWER (N,), that of a chat where there is no such file.
         has_answers: whether there is.
-        n_remade: samples that older versions refused, see `Renderer.n_remade`.
+        n_remade: samples that older versions refused or made otherwise, see `Renderer.n_remade`.
     """
 
     tokens: NumberFile
@@ -161,15 +164,17 @@ def build(
     content = content_of(config, sources, tokenizer_dir, kind)
     directory = content.directory
     if not directory.is_dir():
-        older = directory.with_name(samples_key(directory))
-        if older.is_dir() and progress:
+        key = samples_key(directory)
+        names = [name for name in (key + FORM, key) if directory.with_name(name).is_dir()]
+        older = directory.with_name(names[0]) if names else None
+        if older and progress:
             print(
                 f"{older}: tokens in an older form, not read; made anew in {directory.name}", file=sys.stderr
             )
-        _build(content, config, tokenizer_dir, progress)
+        _build(content, config, tokenizer_dir, progress, older)
     elif verify and (fault := _fault(directory, progress)):
         print(f"{directory}: {fault}; made anew from the data", file=sys.stderr)
-        _build(content, config, tokenizer_dir, progress)
+        _build(content, config, tokenizer_dir, progress, directory)
     return directory, content.sources
 
 
@@ -230,7 +235,9 @@ def content_of(
         for file in content_files(source.path):
             digests[file] = _digest(file)
             add("content", digests[file])
-    directory = config.cache_dir / f"{key.hexdigest()[:32]}{FORM}"
+    name = f"{key.hexdigest()[:32]}{FORM}"
+    texts = [template] if template is not None else _template_files(tokenizer_dir)
+    directory = config.cache_dir / (name + READ_ANEW if any(map(was_read_otherwise, texts)) else name)
     return Content(directory, sources, kind, template, digests, tokenizer)
 
 
@@ -245,12 +252,40 @@ def cache_directory(
 
 
 def _tokenizer_digests(directory: Path) -> dict[str, bytes]:
-    return {name: _digest(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
+    others = sorted(
+        f"{OTHER_TEMPLATES}/{file.name}" for file in (directory / OTHER_TEMPLATES).glob("*.jinja")
+    )
+    return {
+        name: _digest(directory / name)
+        for name in (*TOKENIZER_FILES, *others)
+        if (directory / name).is_file()
+    }
+
+
+def _template_files(directory: Path) -> list[str]:
+    """What the tokenizer's own template, or several, stand in."""
+    files = [
+        directory / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    ]
+    files += sorted((directory / OTHER_TEMPLATES).glob("*.jinja"))
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+
+
+def _now(older: Path | None) -> datetime:
+    """The date for a chat template that writes one: that of the tokens before, which are made anew, or today."""
+    if older is None:
+        return datetime.now()
+    meta = older / "meta.json"
+    try:
+        return datetime.fromisoformat(json.loads(meta.read_text())["now"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an older version
+        file = meta if meta.is_file() else older
+        return datetime.fromtimestamp(file.stat().st_mtime)
 
 
 def samples_key(directory: Path) -> str:
     """What names the samples of a cache, in whatever form its files are."""
-    return directory.name.removesuffix(FORM)
+    return directory.name.partition(".")[0]
 
 
 def _digest(path: Path) -> bytes:
@@ -261,17 +296,24 @@ def _digest(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _build(content: Content, config: DataConfig, tokenizer_dir: Path, progress: bool) -> None:
-    directory, sources = content.directory, content.sources
+def _build(
+    content: Content, config: DataConfig, tokenizer_dir: Path, progress: bool, older: Path | None
+) -> None:
+    """Makes the files of a cache.
+
+    Args:
+        older: where the tokens of the same content lie that these replace, if there are some.
+    """
+    directory, sources, now = content.directory, content.sources, _now(older)
     rendering = Rendering(
-        tokenizer_dir, content.template, config.loss_on, skip_bad=config.bad_record == "skip"
+        tokenizer_dir, content.template, config.loss_on, skip_bad=config.bad_record == "skip", now=now
     )
     readings = [record_format(source, content.kind) for source in sources]
     try:
         with _unfinished(directory) as temporary:
             with _advance(sources, shown=progress) as advance:
                 stream = encode_sources(sources, readings, rendering, config.workers, content.digests)
-                _write(temporary, stream, sources, advance)
+                _write(temporary, stream, sources, advance, now)
             if _tokenizer_digests(tokenizer_dir) != content.tokenizer:
                 raise DataError(
                     f"{tokenizer_dir}: the tokenizer's files changed while it was used; start again"
@@ -318,6 +360,7 @@ def _write(
     stream: Iterator[Encoded],
     origins: Sequence[SourceConfig],
     advance: Callable[[int], None],
+    now: datetime,
 ) -> None:
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     answers = []
@@ -362,6 +405,7 @@ def _write(
         "n_bad": n_bad,
         "first_bad": first_bad,
         "n_remade": n_remade,
+        "now": now.isoformat(timespec="seconds"),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
 

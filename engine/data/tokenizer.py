@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+OTHER_TEMPLATES = "additional_chat_templates"  # a folder of jinja files, one for each name but "default"
 PROCESSOR_TEMPLATE = "chat_template.json"  # not exported: transformers refuses it next to chat_template.jinja
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -36,11 +36,16 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool that an assistant turn calls, with its arguments by name."""
+    """A tool that an assistant turn calls, with its arguments by name.
+
+    Attributes:
+        text: the arguments as the record wrote them, if as JSON text.
+    """
 
     name: str
     arguments: Mapping[str, Any]
     id: str | None = None
+    text: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +66,32 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """The turn as chat templates expect it; keys without a value are left out, except content."""
+    def for_template(self, *, json_arguments: bool = False) -> dict[str, Any]:
+        """The turn as chat templates expect it; keys without a value are left out, except content.
+
+        Args:
+            json_arguments: arguments of tool calls as JSON text, which some templates want.
+        """
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                {
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": (call.text or json.dumps(call.arguments, ensure_ascii=False))
+                        if json_arguments
+                        else dict(call.arguments),
+                    },
+                }
                 | ({"id": call.id} if call.id is not None else {})
                 for call in self.tool_calls
             ]
         for key in ("reasoning_content", "tool_call_id", "name"):
             if (value := getattr(self, key)) is not None:
                 turn[key] = value
-        return turn
+        # transformers gives it under both names; templates as that of gpt-oss read the second.
+        return turn if self.reasoning_content is None else {"thinking": self.reasoning_content, **turn}
 
 
 def read_turns(turns: object, place: str) -> tuple[Message, ...]:
@@ -168,12 +186,13 @@ def _tool_call(call: object, place: str) -> ToolCall:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{place}: read {shown(call)}; expected a function with name and arguments")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI sends them as JSON text; templates want the object
+    written = arguments.strip() if isinstance(arguments, str) else None
+    if isinstance(arguments, str):  # OpenAI sends them as JSON text; most templates want the object
         arguments = _decoded(arguments, f"{place} arguments", "a JSON object") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
         raise DataError(f"{place} arguments: read {shown(arguments)}; expected an object of arguments")
     assert isinstance(call, Mapping)
-    return ToolCall(function["name"], arguments, _optional(call, "id", place))
+    return ToolCall(function["name"], arguments, _optional(call, "id", place), written or None)
 
 
 def _content(content: object, place: str) -> str:

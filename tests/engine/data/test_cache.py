@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -467,3 +468,68 @@ def test_the_room_is_entered_without_transformers_or_megatron():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert not {"transformers", "tokenizers", "megatron", "rich"} & set(modules.split())
+
+
+def test_a_template_in_the_folder_of_others_changes_the_key(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    config = data_config(write_jsonl("a.jsonl", RECORDS))
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, tokenizer)
+    keys = [cache_directory(config, config.train, tokenizer)]
+    assert keys == [cache_directory(config, config.train, tokenizer_dir)]
+    (tokenizer / "additional_chat_templates").mkdir()
+    for text in ("{{ messages }}", "{{ tools }}"):
+        (tokenizer / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+        keys.append(cache_directory(config, config.train, tokenizer))
+    assert len(set(keys)) == 3
+
+
+def test_a_date_in_the_template_stays_where_tokens_are_made_anew(
+    tokenizer_dir: Path,
+    write_jsonl: Write,
+    data_config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + (template_text("chatml") or ""))
+    config = data_config(write_jsonl("a.jsonl", RECORDS), chat_template=template, tokens_per_pack=512)
+
+    class Days(datetime):
+        today = datetime(2026, 1, 5, 12)
+
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return cls.today
+
+    monkeypatch.setattr(token_files, "datetime", Days)
+    first = build(config, tokenizer_dir)
+    tokens, meta = first.tokens, first.directory / "meta.json"
+    Days.today += timedelta(days=300)
+    for file in ("tokens.bin", "meta.json"):
+        path = first.directory / file
+        path.write_bytes(damaged(path.read_bytes(), "half"))
+        os.utime(meta, times=(datetime(2026, 1, 5, 12).timestamp(),) * 2)
+        assert np.array_equal(build(config, tokenizer_dir).tokens, tokens)
+        os.utime(meta)
+    shutil.rmtree(first.directory)
+    assert not np.array_equal(build(config, tokenizer_dir).tokens, tokens)
+
+
+def test_tokens_of_a_template_that_older_versions_read_otherwise_are_made_anew(
+    tokenizer_dir: Path, write_jsonl: Write, data_config: Make, tmp_path: Path
+):
+    """They left out the reasoning; a run without any goes on, and one with it is told that its samples are others."""
+    template = tmp_path / "thinking.jinja"
+    template.write_text((template_text("chatml") or "") + "{{ messages[-1].thinking }}")
+    plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    reasoned = {
+        "messages": [plain["messages"][0], {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    }
+    for record, end in ((plain, ""), (reasoned, " 1")):
+        config = data_config(write_jsonl("a.jsonl", [record]), chat_template=template, tokens_per_pack=512)
+        cache = build(config, tokenizer_dir)
+        assert cache.directory.name.endswith(".v3b")
+        as_before = f"{cache.directory.name.removesuffix('.v3b')} 512 error error [1.0]"
+        assert cache.fingerprint == hashlib.sha256(f"{as_before}{end}".encode()).hexdigest()[:32]

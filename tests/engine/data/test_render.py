@@ -1,10 +1,13 @@
+import json
 import re
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from paralign.engine.data.conversation import Conversation, read_record
 from paralign.engine.data.render import Rendered, Renderer, template_text
@@ -183,6 +186,8 @@ def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_an_error_with
         r"does not begin with it.*; begin the content with '<think>\\n' and the reasoning, even an empty one",
     ):
         renderer.samples(conversation("hello", "fine"))
+    with pytest.raises(DataError, match=r"ends with '<think>\\n'"):  # not with 'think>', which is no remedy
+        renderer.samples(conversation("hello", "<b>fine</b>"))
     (sample,) = renderer.samples(conversation("hello", "<think>\n\n</think>\n\nfine"))  # the remedy
     assert learned_text(renderer, sample) == "\n</think>\n\nfine<|im_end|>"
 
@@ -308,3 +313,109 @@ def test_a_directory_without_tokenizer_or_template_is_an_error(tokenizer_dir: Pa
         Renderer(tmp_path, "", "all")
     with pytest.raises(DataError, match="no chat template; set chat_template"):
         Renderer(tokenizer_dir, None, "all")
+
+
+SAID = "{% for m in messages %}<|im_start|>{{ m.content or m.tool_calls[0].function.name }}<|im_end|>{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+OF_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + SAID + PROMPT
+
+
+def with_templates(tokenizer_dir: Path, tmp_path: Path, **texts: str) -> Path:
+    """The tokenizer with templates under some names, as transformers saves them."""
+    directory = tmp_path / "_".join(texts)
+    shutil.copytree(tokenizer_dir, directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_of_several_templates_tools_have_their_own(tokenizer_dir: Path, tmp_path: Path):
+    several = with_templates(tokenizer_dir, tmp_path, default="no tools" + SAID + PROMPT, tool_use=OF_TOOLS)
+    renderer = Renderer(several, None, "assistant")
+    for record in (CALLING, chat("hello", "fine")):
+        conversation_ = read_record(record, "messages", "x")
+        tools = list(conversation_.tools) or None
+        (sample,) = renderer.samples(conversation_)
+        assert renderer.tokenizer.decode(sample.tokens) == AutoTokenizer.from_pretrained(
+            several
+        ).apply_chat_template(
+            [message.for_template() for message in conversation_.messages], tools=tools, tokenize=False
+        )
+    assert renderer.n_remade == 1  # the tools, which older versions gave to the other template
+
+
+def test_several_templates_without_a_default_are_an_error_with_a_remedy(tokenizer_dir: Path, tmp_path: Path):
+    several = with_templates(tokenizer_dir, tmp_path, rag=SAID, tool_use=OF_TOOLS)
+    with pytest.raises(
+        DataError,
+        match=r"its chat templates are rag, tool_use, and none is default; write .* data.chat_template",
+    ):
+        Renderer(several, None, "assistant")
+    assert Renderer(several, OF_TOOLS, "assistant").samples(conversation("hello", "fine"))
+
+
+# In the manner of Mistral 7B v0.3: the system's text stands in the last turn, if that is a question.
+MOVES_SYSTEM = """
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
+    {%- set messages = messages[1:] %}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{ '<|im_start|>' + ((system + ' ') if loop.last and system else '') + m.content }}
+    {%- else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("system", ["be kind", "be kind " * 40])
+def test_a_template_that_moves_the_system_turn_is_an_error_with_a_remedy(tokenizer_dir: Path, system: str):
+    renderer = Renderer(tokenizer_dir, MOVES_SYSTEM, "assistant")
+    messages: list[dict[str, str]] = chat(*TURNS)["messages"]  # type: ignore[assignment]
+    with pytest.raises(
+        DataError,
+        match=r"moves the system turn.* once messages\[4\] follows.*begin the first question with its text",
+    ):
+        renderer.samples(
+            read_record({"messages": [{"role": "system", "content": system}, *messages]}, "messages", "x")
+        )
+    (sample,) = renderer.samples(conversation(system + TURNS[0], *TURNS[1:]))  # the remedy
+    assert learned_text(renderer, sample).endswith(TURNS[3] + "<|im_end|>")
+
+
+def test_reasoning_is_given_under_the_names_of_transformers(tokenizer_dir: Path):
+    # In the manner of gpt-oss.
+    template = (
+        "{% for m in messages %}<|im_start|>{% if m.thinking %}({{ m.thinking }}){% endif %}{{ m.content }}<|im_end|>"
+        "{% endfor %}" + PROMPT
+    )
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "fine", "reasoning_content": "am I?"},
+    ]
+    renderer = Renderer(tokenizer_dir, template, "assistant")
+    (sample,) = renderer.samples(read_record({"messages": messages}, "messages", "x"))
+    ((theirs,), _) = render_jinja_template(conversations=[messages], chat_template=template)
+    assert renderer.tokenizer.decode(sample.tokens) == theirs
+    assert learned_text(renderer, sample) == "(am I?)fine<|im_end|>"
+    assert renderer.n_remade == 1
+
+
+@pytest.mark.parametrize("arguments", [{"a": "é"}, '{"a":  "\\u00e9"}'])
+def test_a_template_that_wants_arguments_as_text_gets_them(tokenizer_dir: Path, arguments: object):
+    # In the manner of DeepSeek-V3.
+    template = (
+        "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% for m in messages %}<|im_start|>"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}"
+        "{{ m.content or '' }}<|im_end|>{% endfor %}" + PROMPT
+    )
+    function = {"name": "add", "arguments": arguments}
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "tool_calls": [{"function": function}]},
+    ]
+    record = {"messages": turns, "tools": [{"name": "add"}]}
+    renderer = Renderer(tokenizer_dir, template, "assistant")
+    (sample,) = renderer.samples(read_record(record, "messages", "x"))
+    text = arguments if isinstance(arguments, str) else '{"a": "é"}'
+    assert learned_text(renderer, sample) == f"add {text}<|im_end|>"
+    refusing = "{{ raise_exception('no calls') }}"
+    with pytest.raises(DataError, match="no calls"):
+        Renderer(tokenizer_dir, refusing, "assistant").samples(read_record(record, "messages", "x"))
