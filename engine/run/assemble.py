@@ -374,5 +374,6 @@ def build_watch(report: CheckReport, model: Model, stop: Stop, start: Start, *, 
         Memory(run_dir, **ranks, place=place),
         Profiler(recipe.observe.profile, run_dir, rank=mesh.rank, device=device),
         OwnWork(layers, gathers=recipe.layout.sequence_parallel, **ranks),
-        {**report.facts(), **runs, "start": start.text},
+        # One rank asks SLURM what it waits for.
+        {**report.facts(), **runs, "start": start.text} if mesh.is_main else {},
     )
