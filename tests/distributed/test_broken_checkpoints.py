@@ -180,20 +180,22 @@ def test_minutes_save_as_well_as_steps(toy: Path, ranks: RankPool) -> None:
 
 def that_sees_other_files(rank: int, world_size: int, root: Path, how: str) -> tuple[str, list[str]]:
     """What the second rank's file system shows differs: a file it cannot read, bytes, a listing that is behind."""
-    resuming.PAUSE_SECONDS = 0.0
-    if rank == 1 and how == "listing":
-        complete = store.complete
-        store.complete = lambda *args, **options: complete(*args, **options)[:-1]
-    if rank == 1 and how in ("unreadable", "other bytes"):
-        fault = "cannot be read (Input/output error)" if how == "unreadable" else "other content"
-        resuming.file_fault = lambda path, digest: fault if path.suffix == ".distcp" else None
-    mesh = _mesh(rank, world_size)
-    try:
-        found = resuming.newest_whole(root, mesh, at_most=None, set_aside=True)
-    except CheckpointError as error:
-        return str(error), sorted(path.name for path in root.iterdir())
-    assert found.newest
-    return found.newest.name, sorted(path.name for path in root.iterdir())
+    complete, mesh = store.complete, _mesh(rank, world_size)
+    fault = "cannot be read (Input/output error)" if how == "unreadable" else "other content"
+    with pytest.MonkeyPatch.context() as patch:  # the rank lives on
+        patch.setattr(resuming, "PAUSE_SECONDS", 0.0)
+        if rank == 1 and how == "listing":
+            patch.setattr(store, "complete", lambda *args, **options: complete(*args, **options)[:-1])
+        elif rank == 1:
+            patch.setattr(
+                resuming, "file_fault", lambda path, digest: fault if path.suffix == ".distcp" else None
+            )
+        try:
+            said = resuming.newest_whole(root, mesh, at_most=None, set_aside=True).newest
+        except CheckpointError as error:
+            return str(error), sorted(path.name for path in root.iterdir())
+    assert said
+    return said.name, sorted(path.name for path in root.iterdir())
 
 
 @pytest.mark.parametrize("how", ["listing", "unreadable", "other bytes"])

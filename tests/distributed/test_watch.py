@@ -69,7 +69,9 @@ def test_a_slow_rank_is_named(name: str, layout: dict[str, Any], toy: Path, rank
 
 def with_slow_evaluations_and_exports(rank: int, world_size: int, recipe: Path) -> None:
     from paralign.engine.checkpoint.hf import StageWriter
+    from paralign.engine.training import saving
     from paralign.engine.training.learner import Learner
+    from paralign.engine.training.model import Model
 
     measure, add = Learner.measure, StageWriter.add
 
@@ -81,9 +83,6 @@ def with_slow_evaluations_and_exports(rank: int, world_size: int, recipe: Path) 
         time.sleep(0.2)
         return add(self, *arguments)
 
-    Learner.measure, StageWriter.add = slowly, add_slowly  # type: ignore[method-assign]
-    from paralign.engine.training import model, saving
-
     write_bucket = saving.write_bucket
 
     def write_slowly(transforms: Any, number: int, bucket: Any) -> Any:
@@ -92,10 +91,12 @@ def with_slow_evaluations_and_exports(rank: int, world_size: int, recipe: Path) 
             time.sleep(0.7)
         return write_bucket(transforms, number, bucket)
 
-    saving.write_bucket = write_slowly
-
-    model.Model.tensors.__defaults__ = (1,)  # one tensor a bucket
-    train_recipe(rank, world_size, recipe)
+    with pytest.MonkeyPatch.context() as patch:  # the rank lives on
+        patch.setattr(Learner, "measure", slowly)
+        patch.setattr(StageWriter, "add", add_slowly)
+        patch.setattr(saving, "write_bucket", write_slowly)
+        patch.setattr(Model.tensors, "__defaults__", (1,))  # one tensor a bucket
+        train_recipe(rank, world_size, recipe)
 
 
 @pytest.mark.slow
@@ -143,8 +144,9 @@ def losing_its_source(rank: int, world_size: int, recipe: Path, source: Path) ->
             shutil.rmtree(source)
         return step_of(self, step, batch)
 
-    Trainer.train_step = gone_at_2  # type: ignore[method-assign]
-    train_recipe(rank, world_size, recipe)
+    with pytest.MonkeyPatch.context() as patch:  # the rank lives on
+        patch.setattr(Trainer, "train_step", gone_at_2)
+        train_recipe(rank, world_size, recipe)
 
 
 @pytest.mark.slow
