@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from paralign.models.errors import RecipeError
@@ -115,6 +116,7 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
     )
 
 
+@cache  # where no controller answers, scontrol takes its time
 def waits_of_slurm() -> dict[str, int]:
     """Seconds that this cluster leaves a job after SIGTERM: KillWait, and the shortest GraceTime before preemption.
 
@@ -124,7 +126,7 @@ def waits_of_slurm() -> dict[str, int]:
     for command in (["config"], ["partition", "--oneliner"]):
         try:
             said = subprocess.run(
-                ["scontrol", "show", *command], capture_output=True, text=True, timeout=10
+                ["scontrol", "show", *command], capture_output=True, text=True, timeout=3
             ).stdout
         except (OSError, subprocess.TimeoutExpired):
             return {}
