@@ -45,7 +45,7 @@ class TrainConfig(Section):
     """
 
     global_batch_size: int = Field(ge=1)
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, le=1000)
     max_steps: int | None = Field(None, ge=1)
     seed: int = Field(ge=0)
     eval_every_steps: int | None = Field(None, ge=1)
