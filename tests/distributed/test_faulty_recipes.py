@@ -15,6 +15,7 @@ __all__ = ["project"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("seed", [2, 3])
 def test_many_bad_values_and_mutations(
