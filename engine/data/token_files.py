@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -50,7 +51,7 @@ FORM = ".v3"  # of the files above
 # Behind it for templates that older versions read otherwise: their tokens are not taken for ours, and the key stays.
 READ_ANEW = "b"
 SAID = 10**9  # bytes from which on it is said how long checking took
-SAMPLES, ANSWERS = "samples.npz", "answers.npy"
+TOKENS, SAMPLES, ANSWERS = "tokens.bin", "samples.npz", "answers.npy"
 COLUMNS = ("lengths", "n_loss", "token_weights", "lines", "sources")
 CHAT = np.array(
     (1, 0, 0, False, np.nan, 0.0), dtype=ANSWER
@@ -101,7 +102,7 @@ class StoredAnswers:
             lengths = columns["lengths"]
             has_answers = (directory / ANSWERS).is_file()
             answers = read_array(directory / ANSWERS) if has_answers else np.broadcast_to(CHAT, len(lengths))
-            tokens = NumberFile(directory / "tokens.bin", np.int32)
+            tokens = NumberFile(directory / TOKENS, np.int32)
             weights = NumberFile(directory / "weights.bin", np.float32)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{directory}: not a cache of tokens ({error}); delete it") from None
@@ -274,13 +275,12 @@ def _template_files(directory: Path) -> list[str]:
 def _now(older: Path | None) -> datetime:
     """The date for a chat template that writes one: that of the tokens before, which are made anew, or today."""
     if older is None:
-        return datetime.now()
-    meta = older / "meta.json"
+        return datetime.now().replace(microsecond=0)
     try:
-        return datetime.fromisoformat(json.loads(meta.read_text())["now"])
+        return datetime.fromisoformat(json.loads((older / "meta.json").read_text())["now"])
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an older version
-        file = meta if meta.is_file() else older
-        return datetime.fromtimestamp(file.stat().st_mtime)
+        tokens = older / TOKENS
+        return datetime.fromtimestamp(int((tokens if tokens.is_file() else older).stat().st_mtime))
 
 
 def samples_key(directory: Path) -> str:
@@ -366,7 +366,7 @@ def _write(
     answers = []
     max_token, n_stops, n_remade = 0, 0, 0
     n_bad, first_bad = [0] * len(origins), ""
-    with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
+    with (directory / TOKENS).open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
         for chunk in stream:
             chunk.tokens.tofile(tokens)
             chunk.weights.tofile(weights)
@@ -383,6 +383,7 @@ def _write(
             n_bad[chunk.source] += len(chunk.bad)
             first_bad = first_bad or (chunk.bad[0] if chunk.bad else "")
             advance(chunk.n_bytes)
+    os.utime(directory / TOKENS, times=(now.timestamp(),) * 2)  # the date again, should meta.json be damaged
     paths = ", ".join(str(origin.path) for origin in origins)
     samples = {name: np.concatenate(column) for name, column in columns.items()}
     if not len(samples["lengths"]):
@@ -405,7 +406,7 @@ def _write(
         "n_bad": n_bad,
         "first_bad": first_bad,
         "n_remade": n_remade,
-        "now": now.isoformat(timespec="seconds"),
+        "now": now.isoformat(),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
 

@@ -505,14 +505,12 @@ def test_a_date_in_the_template_stays_where_tokens_are_made_anew(
 
     monkeypatch.setattr(token_files, "datetime", Days)
     first = build(config, tokenizer_dir)
-    tokens, meta = first.tokens, first.directory / "meta.json"
+    tokens = first.tokens
     Days.today += timedelta(days=300)
     for file in ("tokens.bin", "meta.json"):
         path = first.directory / file
         path.write_bytes(damaged(path.read_bytes(), "half"))
-        os.utime(meta, times=(datetime(2026, 1, 5, 12).timestamp(),) * 2)
         assert np.array_equal(build(config, tokenizer_dir).tokens, tokens)
-        os.utime(meta)
     shutil.rmtree(first.directory)
     assert not np.array_equal(build(config, tokenizer_dir).tokens, tokens)
 
