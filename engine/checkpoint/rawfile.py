@@ -20,6 +20,8 @@ from torch import Tensor
 
 from paralign.models.errors import WeightsError
 
+from ..files.stretch import read_stretch
+
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; Python has the name from 3.13 on
 FLUSH_BYTES = 2**28  # what may wait for the disk: little is left to wait for when the file is closed
 HELD_BYTES = 2**28  # of mapped files may be in memory for each worker before they are let go of
@@ -60,16 +62,14 @@ class MappedBytes:
             return block
         copy = torch.empty_like(block)
         buffer = raw(copy)
-        while buffer:
-            try:
-                n_bytes = os.preadv(self._file.fileno(), [buffer], at)
-            except OSError as error:
-                raise WeightsError(
-                    f"{self._path}: can no longer be read ({error}); mend the disk, start again"
-                ) from None
-            if not n_bytes:
-                raise _changed(self._path)
-            buffer, at = buffer[n_bytes:], at + n_bytes
+        try:
+            whole = read_stretch(self._file.fileno(), buffer, at) == len(buffer)
+        except OSError as error:
+            raise WeightsError(
+                f"{self._path}: can no longer be read ({error}); mend the disk, start again"
+            ) from None
+        if not whole:
+            raise _changed(self._path)
         self.check()
         return copy
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from paralign.models.errors import DataError
 
+from .stretch import read_stretch
+
 
 class NumberFile:
     """Numbers of one type, end to end, and nothing else.
@@ -48,19 +50,17 @@ class NumberFile:
             raise ValueError("expected a stretch without gaps")
         numbers = np.empty(max(0, stop - start), dtype=self.dtype)
         buffer, at = numbers.view(np.uint8).data, start * self.dtype.itemsize
-        while buffer:
-            try:
-                n_bytes = os.preadv(self._file.fileno(), [buffer], at)
-            except OSError as error:
-                raise DataError(
-                    f"{self.path}: can no longer be read ({error}); mend the disk, start again"
-                ) from None
-            if not n_bytes:
-                raise DataError(
-                    f"{self.path}: was cut to {at:,} of {self.nbytes:,} bytes since it was opened; start again, and "
-                    "it is made anew; let nothing write to it during a run"
-                )
-            buffer, at = buffer[n_bytes:], at + n_bytes
+        try:
+            n_bytes = read_stretch(self._file.fileno(), buffer, at)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: can no longer be read ({error}); mend the disk, start again"
+            ) from None
+        if n_bytes < len(buffer):
+            raise DataError(
+                f"{self.path}: was cut to {at + n_bytes:,} of {self.nbytes:,} bytes since it was opened; start "
+                "again, and it is made anew; let nothing write to it during a run"
+            )
         return numbers
 
     def at(self, places: np.ndarray) -> np.ndarray:

@@ -84,6 +84,12 @@ class Mesh:
         result: T = made[0]
         return result
 
+    def gather(self, own: T) -> list[T]:
+        """What each rank gives, by rank, on every rank. Collective."""
+        found: list[T] = [own] * self.world_size
+        dist.all_gather_object(found, own)
+        return found
+
     def largest(self, number: float) -> float:
         """The largest of the numbers that the ranks give. Collective."""
         found = torch.tensor([float(number)], device=self.device)

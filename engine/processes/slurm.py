@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from paralign.models.errors import RecipeError
@@ -116,7 +115,6 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
     )
 
 
-@cache  # where no controller answers, scontrol takes its time
 def waits_of_slurm() -> dict[str, int]:
     """Seconds that this cluster leaves a job after SIGTERM: KillWait, and the shortest GraceTime before preemption.
 

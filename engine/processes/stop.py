@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. When they are heard and by whom; what is saved then is the trainer's.
+"""Signals that ask a run to stop: when they are heard, and by whom. What is saved then is the trainer's.
 
 torchrun and SLURM signal whole process groups: this process and all that it has started, such as the writers of a
 checkpoint or what tokenises. So both signals are blocked from the first moment. Every thread and every process that

@@ -333,8 +333,7 @@ def build_checkpoints(
 
 def _refuse_unless_equal(fingerprint: str, mesh: Mesh) -> None:
     """Raises TrainingError where ranks would train on other samples than rank 0. Collective."""
-    theirs = mesh.from_main(lambda: fingerprint)
-    if mesh.largest(theirs != fingerprint):
+    if len(set(mesh.gather(fingerprint))) > 1:
         raise TrainingError(
             "ranks see other data, caches or checkpoints than rank 0 does; put data, cache_dir and run_dir on a file "
             "system that all nodes share, wait until it shows all of them the same, and start again"

@@ -28,7 +28,7 @@ class TrainConfig(Section):
 
     Attributes:
         global_batch_size: packs in a step, over all GPUs.
-        epochs: passes over the data; or give max_steps.
+        epochs: passes over the data, at most 1000; or give max_steps.
         max_steps: steps in all; or give epochs.
         seed: of packing, order and random weights.
         eval_every_steps: steps between evaluations, the first before step 0; null never evaluates.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -162,9 +161,8 @@ def _gather(mesh: Mesh, mine: Sequence[PackReport]) -> list[PackReport]:
 
     The loss is the last stage's, the same on its tensor-parallel ranks, and zero on the other stages.
     """
-    every: list[list[tuple[bool, PackReport]]] = [[] for _ in range(mesh.world_size)]
     counts_loss = mesh.is_last_stage and mesh.tp.rank == 0
-    dist.all_gather_object(every, [(counts_loss, part) for part in mine])
+    every = mesh.gather([(counts_loss, part) for part in mine])
     merged: dict[tuple[int, int, tuple[str, ...]], PackReport] = {}
     for counts_loss, part in (entry for rank in every for entry in rank):
         key = (part.dp_rank, part.micro_batch, part.samples)

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from paralign.models.errors import CheckpointError, ParalignError
 
 from ..checkpoint import store
@@ -75,8 +73,7 @@ def broken(directory: Path, mesh: Mesh) -> list[str]:
     mine = _faults_of(
         directory, {name: expected[name] for name in share_of_files(expected, mesh.rank, mesh.world_size)}
     )
-    said: list[dict[str, str]] = [{}] * mesh.world_size
-    dist.all_gather_object(said, mine)
+    said = mesh.gather(mine)
     suspects = {name: (rank, fault) for rank, faults in enumerate(said) for name, fault in faults.items()}
     if not suspects:
         return []

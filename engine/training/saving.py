@@ -10,8 +10,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from paralign.models.errors import CheckpointError
 from paralign.models.mcore import AsyncRequest, write_bucket
 
@@ -81,8 +79,7 @@ class Save:
                 self._moved()
         if worst is _State.FAILED and self._writer is not None:
             self._writer.kill()
-        said: list[tuple[str, dict[str, FileDigest]]] = [("", {})] * self._mesh.world_size
-        dist.all_gather_object(said, (self._failure, self._written[1]))
+        said = self._mesh.gather((self._failure, self._written[1]))
         if failures := [f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(said) if failure]:
             raise CheckpointError("; ".join(failures[:4]))
         if self._request.async_fn is not None:

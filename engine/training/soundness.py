@@ -10,7 +10,6 @@ import socket
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,6 @@ from .optim import Optimizer
 SHOWN = 4  # of many tensors that are wrong, so many are told about
 WORDS = 1024  # columns of a digest: two numbers that change places are noticed unless they lie in one column
 _LOWEST = torch.iinfo(torch.int64).min
-ItemT = TypeVar("ItemT")
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio: multiples of it differ in all bits
 
 
@@ -54,7 +52,7 @@ def not_finite(model: Model, dtype: torch.dtype | None = None) -> list[str]:
         for fault in _faults(rules[name], weight.to(dtype or weight.dtype), model.mesh.tp)
     ]
     ranks: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for rank, faults in enumerate(_of_all_ranks(mine, model.mesh.world_size)):
+    for rank, faults in enumerate(model.mesh.gather(mine)):
         for fault in faults:
             ranks[fault].append(rank)
     return [f"{name} ({text}; {_names('rank', holders)})" for (name, text), holders in ranks.items()]
@@ -166,7 +164,7 @@ def _judged(
     keys = [(rule.native, 0 if rule.split is None else mesh.tp.rank) for rule, _ in named]
     mine = [(key, Copy(mesh.rank, host, number)) for key, number in zip(keys, digests)]
     found: dict[tuple[str, int], list[Copy]] = defaultdict(list)
-    for part in _of_all_ranks(mine, mesh.world_size):
+    for part in mesh.gather(mine):
         for key, copy in part:
             found[key].append(copy)
     unequal = [key for key, copies in found.items() if len({copy.digest for copy in copies}) > 1]
@@ -174,7 +172,7 @@ def _judged(
     for key in unequal[:SHOWN]:
         i = keys.index(key) if key in keys else None
         wrong = None if i is None else _unlike_main(named[i][1], mains.get(named[i][1]), mesh.dp)
-        counts = _of_all_ranks(wrong, mesh.world_size)
+        counts = mesh.gather(wrong)
         found[key] = [Copy(copy.rank, copy.host, copy.digest, counts[copy.rank]) for copy in found[key]]
     names = {rule.native: " and ".join(rule.hf) for rule in rules_for(model.arch)}
     return [f"{names[key[0]]}: {verdict(found[key])}" for key in unequal[:SHOWN]] + [
@@ -218,12 +216,6 @@ def verdict(copies: Sequence[Copy]) -> str:
 
 def _place(copy: Copy) -> str:
     return f"{copy.rank} ({copy.host})"
-
-
-def _of_all_ranks(mine: ItemT, world_size: int) -> list[ItemT]:
-    found: list[ItemT] = [mine] * world_size
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def _names(what: str, names: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +26,8 @@ from paralign.models.mcore import (
 
 from ..checkpoint import store
 from ..checkpoint.config import CheckpointConfig
-from ..checkpoint.file_manifest import digest_file, write_file_manifest
+from ..checkpoint.file_manifest import digest_directory, write_file_manifest
 from ..checkpoint.hf import Assets, arch_of, copy_assets
-from ..checkpoint.manifest import FileDigest
 from ..checkpoint.unpickle import MetadataReader, refuse_more_than_tensors, weights_only
 from .model import Model
 from .optim import Optimizer
@@ -138,7 +137,9 @@ class NativeCheckpoints:
                 return
             self._pending = None
             if self._mesh.is_main:
-                seal(store.unfinished(directory), digests)
+                partial = store.unfinished(directory)
+                small = digest_directory(partial, without=digests)  # what rank 0 has written itself
+                write_file_manifest(partial, {**small, **digests})
                 store.publish(directory)
                 store.rotate(self.root, self._config)
             self._mesh.barrier()
@@ -205,20 +206,6 @@ class NativeCheckpoints:
             state, is_loading=is_loading, metadata=metadata
         )
         return state
-
-
-def seal(directory: Path, digests: Mapping[str, FileDigest]) -> None:
-    """Write the manifest of a checkpoint.
-
-    Args:
-        digests: of the files that ranks have written; those of the small ones are taken here.
-    """
-    others = {
-        str(path.relative_to(directory)): digest_file(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and str(path.relative_to(directory)) not in digests
-    }
-    write_file_manifest(directory, {**others, **digests})
 
 
 def _differences(saved: Arch, ours: Arch) -> str:

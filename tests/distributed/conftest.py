@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .pool import RankPool
+from .processes import Processes
 from .reference import SAMPLE_SETS, make_reference
 
 FIGURES = ("loss", "gradient", "grad_norm", "loss_after")
@@ -20,6 +21,13 @@ def ranks() -> Iterator[RankPool]:
     torch.set_num_threads(1)
     with RankPool(8) as pool:
         yield pool
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Starts real processes, and ends with the test what is left of them."""
+    with Processes(tmp_path / "log") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from paralign.engine.observe.metrics import read_metrics
 from paralign.engine.processes.stop import EXIT_STOPPED
 
 from .pool import RankFailure, RankPool
+from .processes import Processes
 from .toy import losses_of, make_toy, train_recipe, write_recipe
 
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -29,7 +29,6 @@ STEPS = 30
 
 
 def _recipe(toy: Path, name: str, n: int = 4, **changes: Any) -> Path:
-    # Each save starts a process on every rank, which is most of what these tests take.
     settings = {
         "train__max_steps": STEPS,
         "train__eval_every_steps": None,
@@ -62,37 +61,11 @@ def undisturbed(undisturbed_on: Callable[[int], dict[int, float]]) -> dict[int, 
     return undisturbed_on(4)
 
 
-@pytest.fixture
-def launch() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(recipe: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "paralign.engine.cli", "train", str(recipe)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-def _rank_pids(recipe: Path) -> list[int]:
-    """Process ids by rank."""
-    found = {}
-    for pid in subprocess.run(
-        ["pgrep", "-f", f"paralign.engine.run {recipe}"], capture_output=True, text=True
-    ).stdout.split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode()
-        if rank := re.search(r"(?:^|\0)RANK=(\d+)", environment):
-            found[int(rank[1])] = int(pid)
-    return [found[rank] for rank in sorted(found)]
-
-
-def _wait_for_steps(run_dir: Path, n: int) -> None:
-    deadline = time.monotonic() + 240
-    while not (run_dir / "metrics.jsonl").exists() or len(losses_of(run_dir)) < n:
-        assert time.monotonic() < deadline, "the run did not come as far"
-        time.sleep(0.05)
+def _started(processes: Processes, recipe: Path, run_dir: Path, n_steps: int) -> subprocess.Popen[bytes]:
+    """`paralign train`, which has come as far as so many steps."""
+    launcher = processes.start([sys.executable, "-m", "paralign.engine.cli", "train", str(recipe)])
+    processes.wait_until(lambda: len(losses_of(run_dir)) >= n_steps, 240)
+    return launcher
 
 
 @pytest.mark.parametrize(
@@ -108,15 +81,14 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     n: int,
     toy: Path,
     undisturbed_on: Callable[[int], dict[int, float]],
-    launch: Callable[[Path], subprocess.Popen[str]],
+    processes: Processes,
     ranks: RankPool,
 ) -> None:
     recipe = _recipe(toy, f"signal-{number.name}-{n}", n)
     run_dir = toy / f"signal-{number.name}-{n}"
-    process = launch(recipe)
-    _wait_for_steps(run_dir, 2)
-    os.kill(_rank_pids(recipe)[n - 1], number)
-    assert process.wait(60) == EXIT_STOPPED, process.communicate()[1]
+    launcher = _started(processes, recipe, run_dir, 2)
+    os.kill(processes.ranks()[n - 1], number)
+    assert launcher.wait(60) == EXIT_STOPPED, processes.log.read_text()
     saved = store.latest(run_dir / "checkpoints")
     assert saved is not None
     assert store.read_progress(saved).step == max(losses_of(run_dir)) + 1  # nothing done is lost
@@ -130,17 +102,16 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
 def test_a_stopped_rank_is_named(
     toy: Path,
     undisturbed: dict[int, float],
-    launch: Callable[[Path], subprocess.Popen[str]],
+    processes: Processes,
     ranks: RankPool,
 ) -> None:
     recipe = _recipe(toy, "stalled", train__stall_timeout_minutes=0.25, checkpoint__save_every_steps=20)
-    process = launch(recipe)
-    _wait_for_steps(toy / "stalled", 21)
+    launcher = _started(processes, recipe, toy / "stalled", 21)
     began = time.monotonic()
-    os.kill(_rank_pids(recipe)[2], signal.SIGSTOP)
-    assert process.wait(120) == EXIT_STALLED
+    os.kill(processes.ranks()[2], signal.SIGSTOP)
+    assert launcher.wait(120) == EXIT_STALLED
     assert time.monotonic() - began < 60  # 15 s of silence, 5 s for the others to say where they are
-    error = process.communicate()[1]
+    error = processes.log.read_text()
     assert error.count("error:") == 1
     assert "rank 2 stalled and does not answer" in error
     written = sorted((toy / "stalled/stall").glob("rank_*"))

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(toy: Path, ranks: RankPool) -> dict[int, float]:
     ranks.run(2, train_recipe, _recipe(toy, "undisturbed"))
     return losses_of(toy / "undisturbed")
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    with Processes(tmp_path / "log") as started:
-        yield started
 
 
 def _recipe(toy: Path, name: str, **changes: Any) -> Path:

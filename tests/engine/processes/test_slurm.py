@@ -130,12 +130,9 @@ def test_the_warning_leaves_time_for_a_long_save() -> None:
 
 def test_what_the_cluster_leaves_of_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    waits_of_slurm.cache_clear()
     assert waits_of_slurm() == {}
-    waits_of_slurm.cache_clear()
     _fake(tmp_path, "scontrol", "echo KillWait = 30 sec; echo PartitionName=gpu GraceTime=120 Nodes=n1")
     assert waits_of_slurm() == {"KillWait": 30, "GraceTime": 120}
-    waits_of_slurm.cache_clear()
 
 
 def test_overrides_survive_the_shell(tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ def test_sections_that_contradict_each_other_are_refused(
     assert message in str(raised.value)
 
 
+def test_more_epochs_than_can_be_planned_are_refused(project: Path) -> None:
+    """`check` plans them one by one: a number with a digit too many would keep it for hours."""
+    with pytest.raises(RecipeError, match="read 1001; expected at most 1000"):
+        load(Path("recipe.yaml"), ["train.epochs=1001", "train.max_steps=null"])
+
+
 def test_every_key_has_a_meaning() -> None:
     """What a missing key means is quoted from its section's docstring."""
     from paralign.engine.config.decoding import meaning
