@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ RESULTS = sorted(Path(__file__).resolve().parents[2].glob("benchmarks/results/ki
 @pytest.mark.certificate
 @pytest.mark.timeout(1800)
 def test_ten_kills_are_survived_and_leave_nothing(tmp_path: Path) -> None:
+    """Of other cells, at other moments, on each day."""
+    first = 10 * date.today().toordinal()
     campaign = Campaign(tmp_path, seed=1)
-    done = [campaign.trial(number) for number in range(0, len(CELLS), len(CELLS) // 10)]
+    done = [campaign.trial(number) for number in range(first, first + 10)]
     print(summary(done))
     assert [trial for trial in done if not trial.survived or trial.left] == []
 
