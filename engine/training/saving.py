@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from paralign.models.mcore import AsyncRequest, write_bucket
 
 from ..checkpoint.file_manifest import digest_file
 from ..checkpoint.manifest import FileDigest
+from ..files.refused import refusal
 from ..parallel.mesh import Mesh
 from ..processes.child import Child, ChildDied, InThread
 
@@ -107,7 +107,6 @@ class Save:
                 f"its writer was {death.reason}; give the host more memory, or set async_save: false"
             )
         except OSError as error:
-            remedy = "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            self._failure = f"{error}{remedy}"
+            self._failure = refusal(error, Path(self._paths[0]))
         except Exception as error:  # torch's writer wraps what the disk said
             self._failure = repr(error)
