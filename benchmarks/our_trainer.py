@@ -21,7 +21,7 @@ from paralign.engine.data.answers import AnswerLayout, Group
 from paralign.engine.data.pack import pack_chats
 from paralign.engine.objectives import Objective
 from paralign.engine.objectives.dpo import DPO, DPOConfig
-from paralign.engine.parallel.layout import LayoutConfig, resolve
+from paralign.engine.parallel.layout import Layout, LayoutConfig, resolve
 from paralign.engine.parallel.mesh import open_mesh
 from paralign.engine.training.build import DTYPES, random_weights
 from paralign.engine.training.model import Model
@@ -48,15 +48,20 @@ class OurTrainer:
         return report(objective, sums)["loss"]
 
 
+def one_rank_layout(geometry: Geometry, n_packs: int) -> Layout:
+    """Of a step of so many packs."""
+    keys = LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    sizes = {"global_batch_size": n_packs, "tokens_per_pack": geometry.tokens_per_pack}
+    return resolve(keys, arch_from_hf(geometry.config()), world_size=1, **sizes)
+
+
 @contextmanager
 def our_trainer(
     geometry: Geometry, n_packs: int, dtype: str, kernels: Kernels = "auto", *, reference: bool = False
 ) -> Iterator[OurTrainer]:
     """In an open world of one rank."""
     arch = arch_from_hf(geometry.config())
-    keys = LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    sizes = {"global_batch_size": n_packs, "tokens_per_pack": geometry.tokens_per_pack}
-    layout = resolve(keys, arch, world_size=1, **sizes)
+    layout = one_rank_layout(geometry, n_packs)
     section = ModelConfig(hf=Path(), dtype=dtype, kernels=kernels)  # type: ignore[arg-type]
     with open_mesh(layout, local_rank=0, seed=0) as mesh:
         precision = DTYPES[dtype]
