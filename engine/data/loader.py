@@ -15,7 +15,7 @@ from ..batch import Column, PackedBatch, StepBatch
 from .answers import Group, mismatch, rows_of
 from .cache import TokenCache
 from .epochs import Epochs, Share, packs_of_step, with_packing
-from .pack import pack_groups
+from .pack import pack_groups, send
 from .packing import MIXED, PackPlan, plan_packs
 
 NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
@@ -148,8 +148,7 @@ class PackLoader:
             sources_S = np.full(len(pack.segments.bounds), NO_SOURCE)
             of_answers = np.repeat(self.cache.sources[ids], [len(group.answers) for group in groups])
             sources_S[: len(of_answers)] = of_answers
-            source = torch.from_numpy(sources_S).to(self._device)
-            pack.columns = {**pack.columns, Column.SOURCE: source}
+            pack.columns = {**pack.columns, Column.SOURCE: send(sources_S, self._device)}
         return pack
 
     def _pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
