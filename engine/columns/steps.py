@@ -35,6 +35,8 @@ class Steps:
     def in_turn(self, numbers: range) -> Generator[StepBatch]:
         """The same of several; while one is used, a thread makes the loader's part of the next. To be closed.
 
+        On a GPU the thread's copies are queued on the stream that the step which reads them is queued on later.
+
         Raises:
             Exception: what the loader raised, with the step that it is of.
         """

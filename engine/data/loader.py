@@ -67,7 +67,7 @@ class PackLoader:
         return with_packing(steps, self._packing)
 
     def begin_thread(self) -> None:
-        """To be called first on another thread that asks for steps: it would be on the first GPU."""
+        """What another thread than the main one does before it asks for steps: a new thread is on the first GPU."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 

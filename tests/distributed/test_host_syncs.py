@@ -34,13 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A value or a size is fetched; `lift_fresh`: what Python holds becomes a tensor, to be sent from unpinned memory.
 WAITING = (
-    *("_local_scalar_dense", "_unique", "equal", "lift_fresh", "masked_select", "nonzero"),
-    *("repeat_interleave.Tensor", "unique"),
+    *("_local_scalar_dense", "equal", "masked_select", "nonzero", "repeat_interleave.Tensor"),
+    *("lift_fresh", "_unique", "unique"),
 )
 FETCHING = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.cuda}  # no operation on the CPU
 # What megatron-core asks of tensors that are the host's on a GPU too: counters, the state of the host's generator.
 ON_HOST = (("lift_fresh", ""), ("_local_scalar_dense", "/core/tensor_parallel/random.py"))
 MEGATRON = str(Path(inspect.getfile(training.get_forward_backward_func)).parents[2])
+OURS = (str(ROOT / "src"), str(ROOT / "tests"))
 
 
 class _Operations(TorchDispatchMode):
@@ -72,12 +73,10 @@ class _Calls(TorchFunctionMode):
 
 def _picks_by_mask(function: Any, arguments: tuple[Any, ...]) -> bool:
     """How many it picks is asked of the device; a number that is put where a mask is true is a `masked_fill`."""
-    name = function.__name__
-    if not name.startswith(("index.", "index_put", "_index_put")) or (
-        "put" in name and arguments[2].dim() == 0
-    ):
+    if not function.__name__.startswith(("index.", "index_put", "_index_put")):
         return False
-    return any(index is not None and index.dtype is torch.bool for index in arguments[1])
+    puts_number = len(arguments) > 2 and arguments[2].dim() == 0
+    return not puts_number and any(x is not None and x.dtype is torch.bool for x in arguments[1])
 
 
 def _note(found: Counter[str], what: str) -> None:
@@ -85,7 +84,7 @@ def _note(found: Counter[str], what: str) -> None:
     place = [
         frame
         for frame in traceback.extract_stack()
-        if frame.filename.startswith((str(ROOT), MEGATRON)) and frame.name not in here
+        if frame.filename.startswith((*OURS, MEGATRON)) and frame.name not in here
     ][-1]
     if not any(
         what.startswith(name) and place.filename.startswith(MEGATRON + file) for name, file in ON_HOST
