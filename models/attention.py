@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -108,10 +109,12 @@ def varlen_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segm
     """torch's variable-length flash attention, one launch a pack; (T, H, D). CUDA, fp16 and bf16 only."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if q_THD.shape[1] != k_UGD.shape[1]:
-        # torch 2.11 has no enable_gqa here; the copy costs G/H of the projections' output.
-        groups = q_THD.shape[1] // k_UGD.shape[1]
-        k_UGD, v_UGD = k_UGD.repeat_interleave(groups, dim=1), v_UGD.repeat_interleave(groups, dim=1)
+    options: dict[str, Any] = {}
+    if (groups := q_THD.shape[1] // k_UGD.shape[1]) > 1:
+        if _takes_groups(varlen_attn):
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k_UGD, v_UGD = k_UGD.repeat_interleave(groups, dim=1), v_UGD.repeat_interleave(groups, dim=1)
     out = varlen_attn(
         q_THD.contiguous(),
         k_UGD.contiguous(),
@@ -122,9 +125,16 @@ def varlen_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segm
         segments.max_seqlen_kv,
         scale=scale,
         window_size=(-1, 0),
+        **options,
     )
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     return out
+
+
+@functools.cache
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether this torch's attention reads fewer key heads than query heads without copies of them."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def flash_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -213,6 +223,29 @@ def choose_kernel(
     return flash_attention if backend == "flash" else varlen_attention
 
 
+class _KeysOfSegments(torch.autograd.Function):
+    """Rows (T, G, D) as keys (U, G, D), some of them in several segments.
+
+    The gradient of a row is the sum of those of its keys, in the order of the segments, in fp32, rounded once.
+    torch's own adds in the rows' type, and on CUDA in an order that differs from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TGD: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        return x_TGD.index_select(0, segments.kv_index)
+
+    @staticmethod
+    def backward(ctx: Any, grad_UGD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        segments: Segments = ctx.segments
+        own = [grad_UGD[end - (row_end - row) : end] for row, row_end, _, end in segments.bounds]
+        sums_TGD = torch.cat(own)
+        wide = sums_TGD if sums_TGD.dtype == torch.float64 else sums_TGD.float()
+        for row, key, n in segments.shared:
+            wide[row : row + n].add_(grad_UGD[key : key + n])
+        return wide.to(grad_UGD.dtype), None
+
+
 class PackedAttention(MegatronModule):
     """Megatron's `core_attention` for packs: causal inside each segment, positions as `Segments` says."""
 
@@ -252,6 +285,6 @@ class PackedAttention(MegatronModule):
         if segments.rope is not None:
             q, k = self.rotate(q, k, segments.positions_T, segments.rope)
         if segments.kv_index is not None:
-            k, v = k.index_select(0, segments.kv_index), v.index_select(0, segments.kv_index)
+            k, v = _KeysOfSegments.apply(k, segments), _KeysOfSegments.apply(v, segments)
         out = self.kernel(q, k, v, segments, self.scale)
         return out.reshape(out.shape[0], 1, -1)

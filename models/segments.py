@@ -23,6 +23,8 @@ class Segments(PackedSeqParams):
         max_seqlen_q, max_seqlen_kv: longest segment, Python ints, so that no kernel asks the device.
         positions_T: int64 (T,), position of each row in its sample; RoPE reads these and nothing else.
         kv_index: int64 (cu_seqlens_kv[-1],), the row each key is read from; None if key i is row i.
+        shared: the same of keys that are another segment's rows: (first row, first key, how many) of each stretch.
+            Every other key is a row of its own segment.
         bounds: for each segment the Python ints (first row, end row, first key, end key), for kernels that
             loop over segments.
         rope: float32 (D/2,), rotary frequencies, from the decoder; None where the model has none.
@@ -30,11 +32,13 @@ class Segments(PackedSeqParams):
             decoder, in place of `rope`.
 
     Raises:
-        ValueError: the segments do not end where rows and keys end; kernels would read past them.
+        ValueError: the segments do not end where rows and keys end; kernels would read past them. `shared` is not
+            of as many keys as there are more than rows: gradients would go to wrong rows.
     """
 
     positions_T: Tensor = None  # type: ignore[assignment]  # the base class has defaults
     kv_index: Tensor | None = None
+    shared: tuple[tuple[int, int, int], ...] = ()
     bounds: tuple[tuple[int, int, int, int], ...] = ()
     rope: Tensor | None = None
     alibi_slopes_H: Tensor | None = None
@@ -48,4 +52,10 @@ class Segments(PackedSeqParams):
             raise ValueError(
                 f"segments: the last one ends at row {self.bounds[-1][1]} and key {self.bounds[-1][3]}, and the pack "
                 f"has {n_rows} rows and {n_keys} keys; segments must cover a pack, its padding tail included"
+            )
+        n_shared = sum(n for _, _, n in self.shared)
+        if n_shared != n_keys - n_rows:
+            raise ValueError(
+                f"segments: {n_shared} keys are shared, and the pack has {n_rows} rows and {n_keys} keys; name every "
+                "stretch of another segment's rows in `shared`"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from paralign.models.head_read import HeadOutput, Quantity
 
 from ..batch import Column, PackedBatch, StepBatch
-from ..objectives.answers import answer_logprob, segment_sums
+from ..objectives.answers import answer_logprob, metric_rows, segment_sums
 from ..training.model import Ask, Model
 from .sources import BASELINE, REFERENCE
 
@@ -86,7 +86,7 @@ class Baseline:
         for pack, logprob_S in zip(batch.mismatched, policy.read(batch.mismatched, LOGPROBS, answer_logprob)):
             answers = pack.columns[Column.ANSWERS]
             ratio_N = (logprob_S - pack.columns[Column.REF_LOGPROB]).index_select(0, answers)
-            sums += torch.stack((ratio_N.sum(), ratio_N.new_tensor(ratio_N.numel())))
+            sums += metric_rows(ratio_N)[0]
         total, count = policy.mesh.sum_over_data_then_share(sums).unbind()
         baseline = (total / count.clamp(min=1.0)).clamp(min=0.0).float()
         for pack in batch.micro_batches:

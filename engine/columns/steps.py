@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ..batch import PackedBatch, StepBatch
@@ -30,6 +31,21 @@ class Steps:
     def step(self, number: int) -> StepBatch:
         """Step `number`, from 0. Collective where a model fills a column."""
         return self._filled(self.loader.step(number))
+
+    def in_turn(self, numbers: range) -> Generator[StepBatch]:
+        """The same of several; while one is used, a thread makes the loader's part of the next. To be closed.
+
+        On a GPU the thread's copies are queued on the stream that the step which reads them is queued on later.
+
+        Raises:
+            Exception: what the loader raised, with the step that it is of.
+        """
+        with ThreadPoolExecutor(1, "next step", self.loader.begin_thread) as thread:
+            parts = (thread.submit(self.loader.step, number) for number in numbers)
+            coming = next(parts, None)
+            while coming is not None:
+                batch, coming = coming.result(), next(parts, None)
+                yield self._filled(batch)
 
     def evaluation(self) -> Iterator[StepBatch]:
         """Every sample once, the same each time."""

@@ -5,6 +5,7 @@ S segments of a pack.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from ..batch import Column, PackedBatch, StepBatch
 from .answers import Group, mismatch, rows_of
 from .cache import TokenCache
 from .epochs import Epochs, Share, packs_of_step, with_packing
-from .pack import pack_groups
+from .pack import pack_groups, send
 from .packing import MIXED, PackPlan, plan_packs
 
 NO_SOURCE = -1  # in Column.SOURCE: a segment of padding
@@ -55,6 +56,7 @@ class PackLoader:
         self._share = share
         self._device = device
         self._packing = packing
+        self._planning = threading.RLock()  # a step may be made on one thread while another counts
         self._before = [(0, 0)]  # each step, as far as they were asked for: answers and their tokens
         self.epochs = Epochs(cache, global_batch_size=global_batch_size, seed=seed, packing=packing)
 
@@ -63,6 +65,11 @@ class PackLoader:
         """Names the sequence of steps: equal fingerprints give equal samples to equal step numbers."""
         steps = f"{self.cache.fingerprint}/{self._global_batch_size}/{self._seed}"
         return with_packing(steps, self._packing)
+
+    def begin_thread(self) -> None:
+        """What another thread than the main one does before it asks for steps: a new thread is on the first GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, from 0, over all epochs; tensors of this rank, counts of all."""
@@ -105,16 +112,17 @@ class PackLoader:
         return self._counted(step)[1]
 
     def _counted(self, step: int) -> tuple[int, int]:
-        while len(self._before) <= step:
-            ids = np.concatenate(self._packs_of(len(self._before) - 1))
-            answers, tokens = self._before[-1]
-            self._before.append(
-                (
-                    answers + int(self.cache.n_answers[ids].sum()),
-                    tokens + int(self.cache.n_tokens[ids].sum()),
+        with self._planning:
+            while len(self._before) <= step:
+                ids = np.concatenate(self._packs_of(len(self._before) - 1))
+                answers, tokens = self._before[-1]
+                self._before.append(
+                    (
+                        answers + int(self.cache.n_answers[ids].sum()),
+                        tokens + int(self.cache.n_tokens[ids].sum()),
+                    )
                 )
-            )
-        return self._before[step]
+            return self._before[step]
 
     def mismatched(self, step: int) -> list[PackedBatch]:
         """This rank's packs of the step's prompts, each with the answers of another; see `answers.mismatch`.
@@ -137,8 +145,9 @@ class PackLoader:
 
     def _packs_of(self, step: int) -> list[np.ndarray]:
         """The samples of each pack of a step, over all ranks."""
-        epoch, index = self.epochs.locate(step)
-        plan = self.epochs.plan(epoch)
+        with self._planning:
+            epoch, index = self.epochs.locate(step)
+            plan = self.epochs.plan(epoch)
         return [plan.pack(i) for i in packs_of_step(len(plan), self._global_batch_size, index)]
 
     def _pack(self, ids: np.ndarray) -> PackedBatch:
@@ -148,8 +157,7 @@ class PackLoader:
             sources_S = np.full(len(pack.segments.bounds), NO_SOURCE)
             of_answers = np.repeat(self.cache.sources[ids], [len(group.answers) for group in groups])
             sources_S[: len(of_answers)] = of_answers
-            source = torch.from_numpy(sources_S).to(self._device)
-            pack.columns = {**pack.columns, Column.SOURCE: source}
+            pack.columns = {**pack.columns, Column.SOURCE: send(sources_S, self._device)}
         return pack
 
     def _pack_groups(self, groups: Sequence[Group]) -> PackedBatch:

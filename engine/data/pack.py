@@ -180,7 +180,7 @@ def _segments(rows_S: np.ndarray, prefixes: Sequence[tuple[int, int]], device: t
     shared_S = np.array([n_rows for _, n_rows in prefixes])
     cu_rows = np.concatenate(([0], np.cumsum(rows_S)))
     starts = cu_rows[:-1]
-    cu_keys, kv_index = cu_rows, None
+    cu_keys, kv_index, shared = cu_rows, None, []
     if shared_S.any():
         cu_keys = np.concatenate(([0], np.cumsum(rows_S + shared_S)))
         stretches = [
@@ -189,6 +189,11 @@ def _segments(rows_S: np.ndarray, prefixes: Sequence[tuple[int, int]], device: t
             for start, n_rows in ((starts[i - back], n_shared), (starts[i], rows_S[i]))
         ]
         kv_index = send(np.concatenate(stretches), device)
+        shared = [
+            (int(starts[i - back]), int(cu_keys[i]), n_shared)
+            for i, (back, n_shared) in enumerate(prefixes)
+            if n_shared
+        ]
     cu_rows_S = send(cu_rows.astype(np.int32), device)
     return Segments(
         qkv_format="sbhd",
@@ -198,6 +203,7 @@ def _segments(rows_S: np.ndarray, prefixes: Sequence[tuple[int, int]], device: t
         max_seqlen_kv=int((rows_S + shared_S).max()),
         positions_T=send(np.arange(int(rows_S.sum())) - np.repeat(starts - shared_S, rows_S), device),
         kv_index=kv_index,
+        shared=tuple(shared),
         bounds=tuple(
             (*rows, *keys) for rows, keys in zip(pairwise(cu_rows.tolist()), pairwise(cu_keys.tolist()))
         ),

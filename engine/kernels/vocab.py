@@ -100,7 +100,7 @@ def _partials(
     local, inside = _inside(labels, first_column, logits.shape[1])
     out[:, 0], out[:, 1], out[:, 2] = top, weights.sum(-1), torch.einsum("rv,rv->r", weights, shifted)
     out[:, 3] = torch.where(inside, wide.gather(1, local[:, None])[:, 0], 0.0)
-    out[:, 4] = LOWEST
+    out[:, 4].fill_(LOWEST)
     if chosen.shape[1]:
         local, inside = _inside(chosen, first_column, logits.shape[1])
         picked = torch.where(inside, wide.gather(1, local), LOWEST)

@@ -46,8 +46,6 @@ def segments_of_rows(batch: PackedBatch) -> Tensor:
 
 def metric_rows(*values: Tensor) -> Tensor:
     """Float64 (M, 2), detached: sum and number of elements of each."""
-    rows = [
-        torch.stack((value.detach().double().sum(), value.new_tensor(value.numel()).double()))
-        for value in values
-    ]
-    return torch.stack(rows)
+    totals = [value.detach().double().sum() for value in values]
+    counts = [total.new_full((), value.numel()) for total, value in zip(totals, values)]
+    return torch.stack([torch.stack(totals), torch.stack(counts)], dim=1)

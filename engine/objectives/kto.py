@@ -65,7 +65,7 @@ class KTO(Objective):
             ]
 
         n_answers = float(answers_N.numel())
-        kl = torch.stack((baseline.double() * n_answers, baseline.new_tensor(n_answers).double()))
+        kl = torch.stack((baseline, torch.ones_like(baseline))).double() * n_answers
         rows = torch.stack((*split(config.beta * ratio_N), *split(logprob_N), kl))
         return LossSum({Unit.SAMPLE: losses_N.sum().float()}, rows)
 

@@ -95,7 +95,7 @@ class LossBySource:
     def __init__(self, sources: Sequence[str]) -> None:
         names = list(dict.fromkeys(sources))
         self.names = tuple(f"loss/{name}" for name in names)
-        self._curve_of = [names.index(name) for name in sources]
+        self._curve_of = torch.tensor([names.index(name) for name in sources])
 
     def sums(self, out: HeadOutput, batch: PackedBatch) -> Tensor:
         """See Measure; zeros for a pack of a set that has no sources of its own."""
@@ -103,7 +103,8 @@ class LossBySource:
         if Column.SOURCE not in batch.columns:
             return loss_R.new_zeros(len(self.names), 2)
         source_R = batch.columns[Column.SOURCE].index_select(0, segments_of_rows(batch))
-        curve_R = torch.tensor(self._curve_of, device=loss_R.device)[source_R]
+        self._curve_of = self._curve_of.to(loss_R.device, non_blocking=True)  # once
+        curve_R = self._curve_of.index_select(0, source_R)
         is_of_CR = torch.arange(len(self.names), device=loss_R.device)[:, None] == curve_R
         weight_CR = is_of_CR * batch.weights_R.double()
         return torch.stack(((weight_CR * loss_R).sum(1), weight_CR.sum(1)), dim=1)
@@ -134,8 +135,8 @@ class MeanTokenAccuracy:
         """See Measure."""
         counts_R = _of_answers(batch)
         if Column.PAIR in batch.columns:
-            chosen_S = torch.zeros_like(batch.columns[Column.ANSWER], dtype=torch.bool)
-            chosen_S[batch.columns[Column.PAIR][:, 0]] = True
+            none_S = torch.zeros_like(batch.columns[Column.ANSWER], dtype=torch.bool)
+            chosen_S = none_S.index_fill(0, batch.columns[Column.PAIR][:, 0], True)
             counts_R = counts_R & chosen_S.index_select(0, segments_of_rows(batch))
         return _mean_over(out[Quantity.IS_LIKELIEST], counts_R)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -76,29 +77,31 @@ class Trainer:
         course, measured = self.course, dict[str, float]()
         if course.export_missing:
             self.write_weights(f"iter_{course.first_step:07d}", course.first_step)
-        for step in range(course.first_step, course.total_steps):
-            if self.watch.stop_agreed():
-                self.save(step, measured)
-                self.checkpoints.finish()
-                return False
-            if _due(course.evaluate, step):
-                measured = self.evaluate(step)
-            self.watch.step_begins(step)
-            batch = self.train.step(step)
-            values = self.train_step(step, batch)
-            flops = training_flops(self.learner.model.arch, batch)
-            self.watch.step_done(step, n_tokens=batch.n_tokens, flops=flops)
-            if _due(course.log, step) or step + 1 == course.total_steps:
-                if course.counts_tokens:
-                    values["num_tokens"] = float(self.train.loader.tokens_before(step + 1))
-                self.watch.report(step, values)
-            self.checkpoints.poll()
-            done = step + 1
-            if done < course.total_steps:
-                if self.checkpoints.due(done):
-                    self.save(done, measured)
-                if _due(course.export, done):
-                    self.write_weights(f"iter_{done:07d}", done)
+        steps = range(course.first_step, course.total_steps)
+        with closing(self.train.in_turn(steps)) as batches:
+            for step in steps:
+                if self.watch.stop_agreed():
+                    self.save(step, measured)
+                    self.checkpoints.finish()
+                    return False
+                if _due(course.evaluate, step):
+                    measured = self.evaluate(step)
+                self.watch.step_begins(step)
+                batch = next(batches)
+                values = self.train_step(step, batch)
+                flops = training_flops(self.learner.model.arch, batch)
+                self.watch.step_done(step, n_tokens=batch.n_tokens, flops=flops)
+                if _due(course.log, step) or step + 1 == course.total_steps:
+                    if course.counts_tokens:
+                        values["num_tokens"] = float(self.train.loader.tokens_before(step + 1))
+                    self.watch.report(step, values)
+                self.checkpoints.poll()
+                done = step + 1
+                if done < course.total_steps:
+                    if self.checkpoints.due(done):
+                        self.save(done, measured)
+                    if _due(course.export, done):
+                        self.write_weights(f"iter_{done:07d}", done)
         if course.evaluate:
             measured = self.evaluate(course.total_steps)
         if self.checkpoints.saves and course.first_step < course.total_steps:

@@ -165,8 +165,9 @@ def test_a_spike_is_left_out_as_if_its_gradient_were_not_finite(toy: Path, ranks
     assert_weights_equal(toy / "spike/hf/final", toy / "nan/hf/final")
     lines = read_metrics(toy / "spike")
     assert [line["step"] for line in lines if line.get("skipped")] == [10]
-    (note,) = (line["note"] for line in lines if "note" in line)
-    assert "step 10: the loss " in note
+    # On a busy machine a rank may be told to be slow, too.
+    (note,) = (line["note"] for line in lines if line.get("note", "").startswith("step "))
+    assert note.startswith("step 10: the loss ")
     assert "chats.jsonl:" in note
 
 

@@ -14,12 +14,13 @@ def test_slopes_are_those_of_the_authors(heads):
     torch.testing.assert_close(alibi_slopes(heads), torch.tensor(slopes_of(heads)))
 
 
-def segments(lengths, kv_index=None, bounds=None, positions=None):
+def segments(lengths, kv_index=None, bounds=None, positions=None, shared=()):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return Segments(
         positions_T=torch.tensor(positions or [p for length in lengths for p in range(length)]),
         kv_index=kv_index,
+        shared=shared,
         bounds=tuple(bounds or ((a, b, a, b) for a, b in zip(starts, ends))),
         alibi_slopes_H=alibi_slopes(4),
     )
@@ -47,7 +48,10 @@ def test_shared_keys_keep_their_distances():
     q, k, v = torch.randn(3, 8, 4, 6)
     kv_index = torch.tensor([0, 1, 2, 3, 4, 0, 1, 5, 6, 7])
     pack = segments(
-        [5, 3], kv_index, bounds=[(0, 5, 0, 5), (5, 8, 5, 10)], positions=[0, 1, 2, 3, 4, 2, 3, 4]
+        *([5, 3], kv_index),
+        bounds=[(0, 5, 0, 5), (5, 8, 5, 10)],
+        positions=[0, 1, 2, 3, 4, 2, 3, 4],
+        shared=((0, 5, 2),),
     )
     out = alibi_attention(q, k[kv_index], v[kv_index], pack, 0.5)
     second = torch.tensor([0, 1, 5, 6, 7])

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from paralign.engine.data.pack import pack_chats
+from paralign.engine.batch import Head
+from paralign.engine.data.answers import Answer, AnswerLayout, Group
+from paralign.engine.data.pack import pack_chats, pack_groups
 from paralign.models import arch_from_hf
 from paralign.models import attention as module
 from paralign.models.attention import (
+    PackedAttention,
     alibi_attention,
     apply_rotary,
     choose_kernel,
     flash_attention,
     inverse_frequencies,
     rotary_table,
+    rotate,
     sdpa_attention,
     varlen_attention,
 )
@@ -98,6 +108,75 @@ def test_shared_keys_equal_copied_keys() -> None:
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
+def gradients_of_shared_keys(
+    device: torch.device, dtype: torch.dtype, n_answers: int = 40
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What reaches the keys (T, 2, 8) of two prompts, one with two answers, one with many, through PackedAttention.
+
+    Returns:
+        It; what each key got (U, 2, 8); and the row of each key.
+    """
+    layout = AnswerLayout(frozenset(), Head.LM, share_prefix=True)
+    answers = [Answer(np.arange(3), np.ones(3, np.float32), i) for i in range(n_answers)]
+    groups = [Group(np.arange(7), tuple(answers[:n])) for n in (2, n_answers)]
+    segments = pack_groups(groups, 256, device, layout).segments
+    assert segments.kv_index is not None
+    above = torch.randn(len(segments.kv_index), 2, 8, generator=torch.Generator().manual_seed(1))
+    above = above.to(device, dtype)
+    kernel = lambda q, k, v, *_: q + (k * above).sum() + (v * above).sum()  # noqa: E731
+    attention = PackedAttention(SimpleNamespace(kv_channels=8), 1, None, "self", rotate=rotate, kernel=kernel)
+    query, key, value = (torch.zeros(256, 1, 2, 8, device=device, dtype=dtype) for _ in range(3))
+    out = attention(query, key.requires_grad_(), value.requires_grad_(), packed_seq_params=segments)
+    found = torch.autograd.grad(out[0, 0, 0], (key, value))
+    assert torch.equal(*found)
+    return found[0][:, 0], above, segments.kv_index
+
+
+def in_order(above: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradients of a row's keys, added one by one in a type."""
+    sums = above.new_zeros(256, *above.shape[1:], dtype=dtype)
+    for key, row in enumerate(rows.tolist()):
+        sums[row] += above[key]
+    return sums
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_of_shared_keys_are_added_in_order_and_rounded_once(dtype: torch.dtype) -> None:
+    found, above, rows = gradients_of_shared_keys(CPU, dtype)
+    assert torch.equal(found, in_order(above, rows, torch.promote_types(dtype, torch.float32)).to(dtype))
+    if dtype == torch.bfloat16:
+        exact = in_order(above, rows, torch.float64)
+        error, theirs = ((x - exact).abs() for x in (found, in_order(above, rows, dtype)))
+        assert (error <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+        assert error.max() < theirs.max() / 2
+
+
+def test_gradients_of_shared_keys_meet_no_atomics() -> None:
+    """On CUDA `index_add` and its like add in whatever order threads come, in the type that they are given."""
+    with OperationsSeen() as seen:
+        gradients_of_shared_keys(CPU, torch.bfloat16)
+    assert "index_select.default" in seen.names
+    assert not [name for name in seen.names if name.startswith(("index_add", "index_put", "scatter"))]
+
+
+class OperationsSeen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.names.append(function.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.gpu
+def test_gradients_of_shared_keys_are_the_same_in_every_run() -> None:
+    first, above, rows = gradients_of_shared_keys(GPU, torch.bfloat16)
+    assert torch.equal(first, in_order(above, rows, torch.float32).bfloat16())
+    for _ in range(20):
+        assert torch.equal(gradients_of_shared_keys(GPU, torch.bfloat16)[0], first)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "alibi", "installed", "expected"),
     [
@@ -143,6 +222,77 @@ def test_a_kernel_that_does_not_serve_is_refused(
         choose_kernel(device, dtype, alibi=alibi, backend=backend)
 
 
+def written_out(q, k, v, cu_q, cu_k, scale, slopes=None):
+    """Causal attention from the end of each segment, head by head; query heads share the keys of their group."""
+    out = torch.empty_like(q)
+    groups = q.shape[1] // k.shape[1]
+    for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        rows, keys = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)[None]
+        for head in range(q.shape[1]):
+            scores = q[a:b, head] @ k[c:d, head // groups].t() * scale
+            if slopes is not None:
+                scores = scores - slopes[head] * (rows - keys).abs()
+            weights = scores.masked_fill(keys > rows, -torch.inf).softmax(-1)
+            out[a:b, head] = weights @ v[c:d, head // groups]
+    return out
+
+
+def varlen_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    assert window_size == (-1, 0)
+    return written_out(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+
+def varlen_of_torch_2_12(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert key.shape[1] == value.shape[1] == 2 or not enable_gqa
+    assert window_size == (-1, 0)
+    return written_out(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "as many keys"])
+@pytest.mark.parametrize("theirs", [varlen_of_torch_2_11, varlen_of_torch_2_12])
+def test_grouped_keys_are_copied_only_for_a_torch_that_takes_no_groups(
+    theirs: Callable[..., torch.Tensor], heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's function is replaced by its documented meaning, which needs no GPU; the call fits the one installed."""
+    torch.manual_seed(0)
+    segments = pack_chats([([1] * n, [True] * n) for n in (5, 9)], 14, CPU).segments
+    leaves = [torch.randn(14, h, 8, requires_grad=True) for h in (4, heads, heads)]
+    called = mock.Mock(wraps=theirs)
+    called.__signature__ = inspect.signature(theirs)
+    installed = inspect.signature(varlen.varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", called)
+    out = varlen_attention(*leaves, segments, 0.3)
+    if theirs.__name__ == "varlen_of_torch_2_11" or "enable_gqa" in installed.parameters:
+        installed.bind(*called.call_args.args, **called.call_args.kwargs)
+    copies = theirs is varlen_of_torch_2_11 and heads == 2
+    assert called.call_args.args[1].shape[1] == (4 if copies else heads)
+    expected = sdpa_attention(*leaves, segments, 0.3)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    gradients = (torch.autograd.grad((x * weights).sum(), leaves, retain_graph=True) for x in (out, expected))
+    torch.testing.assert_close(*gradients)
+
+
 def test_flash_attn_is_called_with_our_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is replaced by its documented meaning, written out; the real one needs a GPU."""
     torch.manual_seed(0)
@@ -153,16 +303,7 @@ def test_flash_attn_is_called_with_our_segments(monkeypatch: pytest.MonkeyPatch)
         assert causal
         assert not deterministic
         assert (max_q, max_k) == (9, 9)
-        out = torch.empty_like(q)
-        for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
-            rows, keys = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)[None]
-            for head in range(q.shape[1]):
-                scores = q[a:b, head] @ k[c:d, head // 2].t() * softmax_scale
-                if alibi_slopes is not None:
-                    scores = scores - alibi_slopes[head] * (rows - keys).abs()
-                weights = scores.masked_fill(keys > rows, -torch.inf).softmax(-1)
-                out[a:b, head] = weights @ v[c:d, head // 2]
-        return out
+        return written_out(q, k, v, cu_q, cu_k, softmax_scale, alibi_slopes)
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=documented))
     torch.testing.assert_close(

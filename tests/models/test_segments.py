@@ -27,5 +27,8 @@ def test_cu_seqlens_that_do_not_end_where_the_pack_does(bounds, kv_index, found)
         Segments(positions_T=torch.arange(6), bounds=bounds, kv_index=kv_index)
 
 
-def test_segments_that_end_there_are_taken() -> None:
-    Segments(positions_T=torch.arange(6), bounds=((0, 3, 0, 3), (3, 6, 3, 7)), kv_index=torch.arange(7))
+def test_segments_that_end_there_are_taken_if_every_key_has_a_row_of_its_own_or_is_shared() -> None:
+    bounds, kv_index = ((0, 3, 0, 3), (3, 6, 3, 7)), torch.tensor([0, 1, 2, 0, 3, 4, 5])
+    Segments(positions_T=torch.arange(6), bounds=bounds, kv_index=kv_index, shared=((0, 3, 1),))
+    with pytest.raises(ValueError, match="segments: 0 keys are shared, and the pack has 6 rows and 7 keys"):
+        Segments(positions_T=torch.arange(6), bounds=bounds, kv_index=kv_index)

@@ -1,5 +1,7 @@
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from paralign.engine.batch import IGNORE, Column, PackedBatch, Unit
 from paralign.engine.data.cache import TokenCache, build_or_open
 from paralign.engine.data.config import DataConfig
-from paralign.engine.data.epochs import Share
+from paralign.engine.data.epochs import Epochs, Share
 from paralign.engine.data.loader import NO_SOURCE, PackLoader
 from paralign.engine.data.pack import TAIL_ROWS, pack_chats
 
@@ -174,3 +176,26 @@ def test_a_segment_knows_its_source_where_there_are_several(
 
     alone = build_or_open(config, config.train[:1], tokenizer_dir, progress=False)
     assert Column.SOURCE not in loader(alone).step(0).micro_batches[0].columns
+
+
+def test_steps_may_be_made_on_one_thread_while_another_counts(
+    tokenizer_dir: Path,
+    write_jsonl: Callable[..., Path],
+    data_config: Callable[..., DataConfig],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Epochs of a weighted source differ in length; each is found by the steps before it."""
+    path = write_jsonl("a.jsonl", [chat("hello", "fine. " * (i % 6 + 1)) for i in range(75)])
+    config = data_config(Path(), train=[{"path": path, "weight": 0.31}], tokens_per_pack=ROWS)
+    cache = build_or_open(config, config.train, tokenizer_dir, progress=False)
+    alone = loader(cache)
+    lengths = {alone.epochs.first_step(e + 1) - alone.epochs.first_step(e) for e in range(10)}
+    assert len(lengths) > 1
+    expected = [(alone.step(k).sample_ids, alone.tokens_before(k)) for k in range(20)]
+    find = Epochs._plan
+    monkeypatch.setattr(Epochs, "_plan", lambda self, epoch: (time.sleep(0.002), find(self, epoch))[1])
+    both = loader(cache)
+    with ThreadPoolExecutor(1) as thread:
+        steps = thread.map(both.step, range(20))
+        counted = [both.tokens_before(k) for k in range(20)]
+        assert [(step.sample_ids, tokens) for step, tokens in zip(steps, counted)] == expected

@@ -32,6 +32,7 @@ def test_a_shared_prompt_is_there_once_and_each_row_has_one_label() -> None:
     assert pack.segments.cu_seqlens_kv.tolist() == [0, 5, 11, 14]
     assert pack.segments.kv_index is not None
     assert pack.segments.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11]
+    assert pack.segments.shared == ((0, 5, 2),)
     assert (pack.segments.max_seqlen_q, pack.segments.max_seqlen_kv) == (5, 6)
     assert pack.columns[Column.PAIR].tolist() == [[0, 1]]
     assert pack.columns[Column.ANSWER].tolist() == [0, 1, -1]
