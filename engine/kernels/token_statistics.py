@@ -170,9 +170,14 @@ def _no_partials(n_rows: int, like: Tensor) -> Tensor:
     return partials_R7
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether values can be asked for without stopping the device."""
+    return not x.is_cuda
+
+
 def _outside(indices: Tensor, vocab_size: int, what: str) -> Tensor:
     outside = (indices < 0) | (indices >= vocab_size)
-    if not indices.is_cuda and outside.any():
+    if _may_look(outside) and outside.any():
         row, value = int(outside.nonzero()[0, 0]), int(indices[outside][0])
         raise ValueError(
             f"token_statistics: {what} {value} in row {row} is outside the vocabulary of {vocab_size}"
@@ -348,7 +353,7 @@ class _KnownRowGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_R: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, known_R = ctx.saved_tensors[0], ctx.saved_tensors[1].to(grad_R.dtype)
         agrees = torch.isclose(grad_R, known_R, rtol=1e-5, atol=0.0)
-        if not grad_R.is_cuda and not agrees.all():
+        if _may_look(agrees) and not agrees.all():
             row = int(agrees.logical_not().nonzero()[0])
             raise ValueError(
                 f"token_statistics: row_gradient was given as {known_R[row].item()}, and the backward pass brought "
