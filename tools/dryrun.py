@@ -5,9 +5,9 @@
 The engine's own mesh, model, data parallelism, optimizer and step run on fake tensors, which have shapes and no
 bytes, in a process group that answers at once. Every storage is followed from its birth to its death.
 
-It does not see what does not pass through torch's operations: what the allocator leaves unused, NCCL's buffers (1 to
-2 GB), the CUDA context (0.5 GB), workspaces of cuBLAS and of attention's backward pass. Nor what comes before and after
-the passes of a step: other models that fill columns, the update. Moments count where the optimizer is, on the host too.
+It does not see what passes by torch's operations: what the allocator leaves unused, NCCL's buffers (1 to 2 GB), the
+CUDA context (0.5 GB), workspaces of cuBLAS and of attention's backward pass. Nor what a step does besides its passes:
+other models that fill columns, and the update. Moments that are offloaded count as if they were on the GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen  # its operation
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -48,8 +49,9 @@ from paralign.engine.training.model import Model
 from paralign.engine.training.optim import Optimizer
 from paralign.engine.training.step import run_own
 from paralign.models.arch import Arch
-from paralign.models.attention import Kernel, varlen_attention
+from paralign.models.attention import Kernel
 from paralign.models.mcore import ON_HOST, tensor_parallel
+from paralign.models.segments import Segments
 from paralign.models.weight_gradient import APEX_NAME
 
 
@@ -71,7 +73,14 @@ class Held:
 
 
 def dry_run(
-    arch: Arch, layout: Layout, model: ModelConfig, objective: Objective, *, rank: int, tokens_per_pack: int
+    arch: Arch,
+    layout: Layout,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    objective: Objective,
+    *,
+    rank: int,
+    tokens_per_pack: int,
 ) -> Held:
     """What a rank of a run holds, on GPUs with the fused kernels.
 
@@ -101,12 +110,11 @@ def dry_run(
             weights = storages.live
             opened.prepare_to_train()
             gradients = storages.live
-            settings = OptimizerConfig(lr=1e-5, lr_decay_style="constant", weight_decay=0.1)
-            optimizer = Optimizer(opened.chunks, settings, layout, config.params_dtype, fused=True)
+            adamw = Optimizer(opened.chunks, optimizer, layout, config.params_dtype, fused=True)
             state = storages.live
             n_packs = min(layout.micro_batches, 2 * layout.pp)
             packs = [_full_pack(objective, tokens_per_pack, mesh.device) for _ in range(n_packs)]
-            optimizer.zero_grad()
+            adamw.zero_grad()
             storages.peak = storages.live
             run_own(opened, StepBatch(packs, dict.fromkeys(Unit, 1.0), 1, 1, ()), objective, train=True)
             return Held(weights, gradients, state, storages.peak)
@@ -122,7 +130,14 @@ class _OnGPU(Ours):
         return True
 
     def _attention_kernel(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> Kernel:
-        return varlen_attention
+        return _flash_attention
+
+
+def _flash_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """What flash attention keeps and gives, by torch's own account of it; grouped keys are not copied."""
+    sizes = (segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
+    out: Tensor = torch.ops.torch_attn._varlen_attn(q_THD, k_UGD, v_UGD.contiguous(), *sizes)[0]
+    return out
 
 
 class _Storages(TorchDispatchMode):
@@ -236,9 +251,14 @@ def main() -> None:
         global_batch_size=recipe.train.global_batch_size,
         tokens_per_pack=tokens_per_pack,
     )
-    objective = build_objective(recipe.objective)
     held = dry_run(
-        arch, layout, recipe.model, objective, rank=arguments.rank, tokens_per_pack=tokens_per_pack
+        arch,
+        layout,
+        recipe.model,
+        recipe.optimizer,
+        build_objective(recipe.objective),
+        rank=arguments.rank,
+        tokens_per_pack=tokens_per_pack,
     )
     for what, n_bytes in (
         ("weights", held.weights),
