@@ -181,7 +181,7 @@ class _Storages(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         with _disable_current_modes():
             group = args[names.index("process_group")]
-            work = torch.ops.c10d.barrier(torch.empty(0), group, [], -1)
+            work = torch.ops.c10d.barrier(torch.empty(0), group, [])
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
 
