@@ -23,7 +23,7 @@ lint: .venv/installed
 # Faults, signals, torchrun's restarts, a real SLURM where it is installed, runs of an older commit, what eight ranks
 # repeat: half an hour.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest tests/distributed -m slow
+	$(BIN)/python -m pytest -m slow
 
 # The full product of the certificates, every fault, ten kills of the campaign: the better part of an hour.
 certificate: .venv/installed

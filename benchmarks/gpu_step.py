@@ -26,19 +26,17 @@ import datetime
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from one_rank import one_rank
+from our_trainer import Kernels, dpo_batch, dpo_objective, our_trainer, sft_batch
 from preference import best_packs, padded_packs
-from step_peers import SETTINGS, megatron_sft, transformers_sft, trl_dpo, trl_sft, trl_sft_with_liger
+from step_peers import megatron_sft, transformers_sft, trl_dpo, trl_sft, trl_sft_with_liger
 from step_workload import (
-    BETA,
     GEOMETRIES,
-    LR,
     Geometry,
     Pack,
     Result,
@@ -47,38 +45,22 @@ from step_workload import (
     make_pairs,
     matmul_rate,
     measure,
-    n_learned,
     step_flops,
 )
 
-from paralign.engine.backends import backend_of
 from paralign.engine.backends.ours import Ours
-from paralign.engine.batch import Head, PackedBatch, StepBatch, Unit
-from paralign.engine.columns.fillers import KeptReference
-from paralign.engine.config.model import ModelConfig
-from paralign.engine.data.answers import AnswerLayout, Group
-from paralign.engine.data.pack import pack_chats
-from paralign.engine.objectives import SFT, Objective
-from paralign.engine.objectives.dpo import DPO, DPOConfig
-from paralign.engine.parallel.layout import LayoutConfig, resolve
-from paralign.engine.parallel.mesh import open_mesh
-from paralign.engine.training.build import DTYPES, random_weights
-from paralign.engine.training.model import Model
-from paralign.engine.training.optim import Optimizer
-from paralign.engine.training.step import report, run_step
+from paralign.engine.data.answers import Group
+from paralign.engine.objectives import SFT
 from paralign.models import arch_from_hf
-
-Kernels = Literal["auto", "reference"]
 
 
 def ours_sft(
     geometry: Geometry, packs: list[Pack], device: torch.device, dtype: str, steps: int, *, kernels: Kernels
 ) -> Result:
     """Paralign's own SFT step."""
-    made = [pack_chats(pack, geometry.tokens_per_pack, device) for pack in packs]
-    batch = StepBatch(made, {Unit.TOKEN: n_learned(packs)}, sum(map(len, packs)), 0, ())
-    with trainer(geometry, len(packs), dtype, kernels) as (step, _):
-        return measure(partial(step, batch, SFT()), steps, device)
+    batch = sft_batch(packs, geometry.tokens_per_pack, device)
+    with our_trainer(geometry, len(packs), dtype, kernels) as trainer:
+        return measure(partial(trainer.step, batch, SFT()), steps, device)
 
 
 def ours_dpo(
@@ -91,53 +73,23 @@ def ours_dpo(
     way: Literal["padded", "packed", "shared"],
 ) -> Result:
     """Paralign's DPO step; `shared` computes a prompt once and keeps the reference's log-probabilities."""
-    objective = DPO(DPOConfig(name="dpo", beta=BETA))
-    layout = AnswerLayout(objective.needs, Head.LM, share_prefix=way == "shared")
     if way == "padded":
-        packs: list[PackedBatch] = padded_packs(pairs, layout, device)
+        pack = partial(padded_packs, device=device)
     else:
-        packs = best_packs(pairs, layout, device, tokens_per_pack=geometry.tokens_per_pack)
-    batch = StepBatch(packs, {Unit.PAIR: len(pairs), Unit.TOKEN: 1}, len(pairs), 0, ())
-    with trainer(geometry, len(packs), dtype, "auto", reference=True) as (step, kept):
-        reference = KeptReference(kept.pop())
-        reference.fill(batch)
+        pack = partial(best_packs, device=device, tokens_per_pack=geometry.tokens_per_pack)
+    batch = dpo_batch(pairs, pack, share_prefix=way == "shared")
+    with our_trainer(geometry, len(batch.micro_batches), dtype, reference=True) as trainer:
+        assert trainer.reference is not None
+        trainer.reference.fill(batch)
         if way == "shared":
-            reference = None  # and out of memory
+            trainer.reference = None  # and out of memory
 
         def train() -> float:
-            if reference is not None:
-                reference.fill(batch)
-            return step(batch, objective)
+            if trainer.reference is not None:
+                trainer.reference.fill(batch)
+            return trainer.step(batch, dpo_objective())
 
         return measure(train, steps, device)
-
-
-@contextmanager
-def trainer(
-    geometry: Geometry, n_packs: int, dtype: str, kernels: Kernels, *, reference: bool = False
-) -> Any:
-    """One rank of ours: (step, a list of a reference model of the same weights, if asked for)."""
-    arch = arch_from_hf(geometry.config())
-    keys = LayoutConfig(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    sizes = {"global_batch_size": n_packs, "tokens_per_pack": geometry.tokens_per_pack}
-    layout = resolve(keys, arch, world_size=1, **sizes)
-    section = ModelConfig(hf=Path(), dtype=dtype, kernels=kernels)  # type: ignore[arg-type]
-    with open_mesh(layout, local_rank=0, seed=0) as mesh:
-        precision = DTYPES[dtype]
-        read = random_weights(arch, seed=0, dtype=precision, device=mesh.device)
-        kept = [Model.open(arch, mesh, section, read)] if reference else []
-        model = Model.open(arch, mesh, section, read)
-        model.prepare_to_train()
-        fused = backend_of(section).fuses_updates
-        optimizer = Optimizer(model.chunks, SETTINGS, layout, precision, fused=fused)
-
-        def step(batch: StepBatch, objective: Objective) -> float:
-            optimizer.zero_grad()
-            sums = run_step(model, batch, objective, train=True)
-            optimizer.step(LR)
-            return report(objective, sums)["loss"]
-
-        yield step, kept
 
 
 def main() -> None:

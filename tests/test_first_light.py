@@ -1,0 +1,88 @@
+"""benchmarks/first_light.py goes on past whatever fails, and every step that can runs without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "first_light.py"
+
+
+@pytest.fixture(scope="module")
+def light() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("first_light", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_goes_on_past_failures(light: ModuleType, tmp_path: Path) -> None:
+    facts = (
+        'import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text("[7]"); print("wrote", sys.executable)'
+    )
+    sleeper = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{_sleep(tmp_path)}'])"
+    small = {
+        "fails": light.python("-c", "raise SystemExit('not today')"),
+        "hangs": light.python("-c", sleeper),
+        "missing": lambda output: ["/no/such/command"],
+        "writes": light.script("-c", facts),
+    }
+    chosen = [light.Step(name, "", 0.05, small[name], small[name]) for name in small]
+    chosen.insert(1, light.Step("needs a device", "", 1, small["fails"]))
+    assert not light.first_light(chosen, tmp_path, gpus=0)
+
+    (path,) = tmp_path.glob("first_light_*.json")
+    found = json.loads(path.read_text())
+    assert "no figure here counts" in found["note"]
+    outcomes = {step["name"]: step for step in found["steps"]}
+    assert [step["status"] for step in found["steps"]] == [
+        "failed: exit code 1",
+        "needs 1 GPU(s), here are 0",
+        "failed: not done after 0.05 minutes",
+        "failed: [Errno 2] No such file or directory: '/no/such/command'",
+        "passed",
+    ]
+    assert outcomes["fails"]["printed"] == "not today"
+    assert outcomes["writes"]["facts"] == [7]
+    assert outcomes["writes"]["printed"] == "wrote python"  # not where it lies on this machine
+    page = path.with_suffix(".md").read_text()
+    assert "| hangs |  | failed: not done after 0.05 minutes |" in page
+    time.sleep(1.2)
+    assert not (tmp_path / "outlived").exists()  # what the step started has ended with it
+
+
+def _sleep(directory: Path) -> str:
+    return f'import time; time.sleep(4); open("{directory}/outlived", "w")'
+
+
+def test_a_step_of_several_gpus_waits_for_them(light: ModuleType, tmp_path: Path) -> None:
+    step = light.Step("ranks", "", 1, light.python("-c", ""), light.python("-c", ""), gpus=2)
+    assert [light.run(step, gpus).status for gpus in (0, 1, 2)] == [
+        "passed",
+        "needs 2 GPU(s), here are 1",
+        "passed",
+    ]
+
+
+@pytest.mark.slow
+def test_every_step_runs_without_a_gpu(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", str(tmp_path)], capture_output=True, text=True
+    )
+    (path,) = tmp_path.glob("first_light_*.json")
+    steps = {step["name"]: step for step in json.loads(path.read_text())["steps"]}
+    assert ended.returncode == 0, steps
+    assert {name for name, step in steps.items() if step["status"] == "passed"} == {
+        *("kernels", "waits", "memory", "kernel times", "step times", "ranks")
+    }
+    assert all(run["passed"] for run in steps["ranks"]["facts"]["runs"])
