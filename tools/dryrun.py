@@ -7,7 +7,7 @@ bytes, in a process group that answers at once. Every storage is followed from i
 
 It does not see what passes by torch's operations: what the allocator leaves unused, NCCL's buffers (1 to 2 GB), the
 CUDA context (0.5 GB), workspaces of cuBLAS and of attention's backward pass. Nor what a step does besides its passes:
-other models that fill columns, and the update. Moments that are offloaded count as if they were on the GPU.
+other models that fill columns, and the update. Moments are taken to be on the GPU.
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ from paralign.engine.kernels import token_statistics
 from paralign.engine.objectives import Objective, build_objective
 from paralign.engine.parallel.layout import Layout, resolve
 from paralign.engine.parallel.mesh import open_mesh
-from paralign.engine.run.recipe import load
+from paralign.engine.run.recipe import Recipe, load
 from paralign.engine.training.build import build_chunks, transformer_config
 from paralign.engine.training.model import Model
 from paralign.engine.training.optim import Optimizer
 from paralign.engine.training.step import run_own
 from paralign.models.arch import Arch
 from paralign.models.attention import Kernel
+from paralign.models.errors import ParalignError
 from paralign.models.mcore import ON_HOST, tensor_parallel
 from paralign.models.segments import Segments
 from paralign.models.weight_gradient import APEX_NAME
+
+ADAMW = OptimizerConfig.model_validate({"lr": 1e-5, "lr_decay_style": "constant", "weight_decay": 0.1})
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,23 @@ class Held:
 
 
 def dry_run(
-    arch: Arch,
-    layout: Layout,
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    objective: Objective,
-    *,
-    rank: int,
-    tokens_per_pack: int,
+    arch: Arch, layout: Layout, model: ModelConfig, objective: Objective, *, rank: int, tokens_per_pack: int
 ) -> Held:
     """What a rank of a run holds, on GPUs with the fused kernels.
 
     Packs are full, and every token of an answer is learned; there are as many as fill the pipeline.
 
     Raises:
-        ValueError: this process is in a process group, or sees GPUs.
+        ValueError: there is no such rank; or this process is in a process group, or sees GPUs.
     """
     if not ON_HOST:
         raise ValueError("dry_run: runs on the CPU alone; start it with CUDA_VISIBLE_DEVICES= set to nothing")
     if dist.is_initialized():
         raise ValueError("dry_run: this process is in a process group; start one of its own for it")
+    if not 0 <= rank < layout.world_size:
+        raise ValueError(
+            f"dry_run: rank {rank} of {layout.world_size}; give one from 0 to {layout.world_size - 1}"
+        )
     storages, backend = _Storages(), _OnGPU()
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
@@ -110,11 +110,11 @@ def dry_run(
             weights = storages.live
             opened.prepare_to_train()
             gradients = storages.live
-            adamw = Optimizer(opened.chunks, optimizer, layout, config.params_dtype, fused=True)
+            optimizer = Optimizer(opened.chunks, ADAMW, layout, config.params_dtype, fused=True)
             state = storages.live
             n_packs = min(layout.micro_batches, 2 * layout.pp)
             packs = [_full_pack(objective, tokens_per_pack, mesh.device) for _ in range(n_packs)]
-            adamw.zero_grad()
+            optimizer.zero_grad()
             storages.peak = storages.live
             run_own(opened, StepBatch(packs, dict.fromkeys(Unit, 1.0), 1, 1, ()), objective, train=True)
             return Held(weights, gradients, state, storages.peak)
@@ -235,6 +235,19 @@ def _full_pack(objective: Objective, tokens_per_pack: int, device: torch.device)
     return pack
 
 
+def _of_recipe(recipe: Recipe, gpus: int, rank: int) -> Held:
+    arch, tokens_per_pack = arch_of(recipe.model.hf), recipe.data.tokens_per_pack
+    layout = resolve(
+        recipe.layout,
+        arch,
+        world_size=gpus,
+        global_batch_size=recipe.train.global_batch_size,
+        tokens_per_pack=tokens_per_pack,
+    )
+    objective = build_objective(recipe.objective)
+    return dry_run(arch, layout, recipe.model, objective, rank=rank, tokens_per_pack=tokens_per_pack)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What one rank of a run holds, computed without a GPU.")
     parser.add_argument("recipe", type=Path)
@@ -242,24 +255,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--rank", type=int, default=0, help="0 is of the first stage, the last of the last")
     arguments = parser.parse_intermixed_args()
-    recipe = load(arguments.recipe, arguments.overrides)
-    arch, tokens_per_pack = arch_of(recipe.model.hf), recipe.data.tokens_per_pack
-    layout = resolve(
-        recipe.layout,
-        arch,
-        world_size=arguments.gpus,
-        global_batch_size=recipe.train.global_batch_size,
-        tokens_per_pack=tokens_per_pack,
-    )
-    held = dry_run(
-        arch,
-        layout,
-        recipe.model,
-        recipe.optimizer,
-        build_objective(recipe.objective),
-        rank=arguments.rank,
-        tokens_per_pack=tokens_per_pack,
-    )
+    try:
+        held = _of_recipe(load(arguments.recipe, arguments.overrides), arguments.gpus, arguments.rank)
+    except (ParalignError, ValueError) as error:
+        parser.error(str(error))
     for what, n_bytes in (
         ("weights", held.weights),
         ("and gradients", held.gradients),

@@ -48,7 +48,6 @@ def held(recipe_file: Path, *, last: bool = False, **model: object) -> Held:
         arch,
         layout,
         ModelConfig.model_validate({**recipe.model.model_dump(), **model}),
-        recipe.optimizer,
         build_objective(recipe.objective),
         rank=gpus - gpus // layout.pp if last else 0,
         tokens_per_pack=recipe.data.tokens_per_pack,
