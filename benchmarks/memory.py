@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from one_rank import one_rank
 from our_trainer import one_rank_layout, our_trainer, sft_batch
-from paralign.tools.dryrun import dry_run
 from step_workload import GEOMETRIES, Geometry, Pack
 
 from paralign.engine.config.model import ModelConfig
 from paralign.engine.objectives import SFT
 from paralign.models import arch_from_hf
+from paralign.tools.dryrun import dry_run
 
 ALLOWED = 1.1
 

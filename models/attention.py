@@ -147,7 +147,7 @@ def flash_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segme
     out: Tensor = flash_attn_varlen_func(
         q_THD,
         k_UGD,
-        v_UGD,
+        v_UGD.contiguous(),  # a slice would keep the whole projection until the backward pass
         segments.cu_seqlens_q,
         segments.cu_seqlens_kv,
         segments.max_seqlen_q,

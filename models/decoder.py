@@ -16,8 +16,8 @@ from torch import Tensor
 from .arch import Arch
 from .attention import alibi_slopes, inverse_frequencies
 from .head_read import HeadOutput, HeadRead
+from .layer import GatedMLP
 from .mcore import (
-    MLP,
     AttnMaskType,
     LanguageModelEmbedding,
     LanguageModule,
@@ -87,7 +87,7 @@ def layer_spec(parts: Parts) -> ModuleSpec:
                 submodules=attention,
             ),
             pre_mlp_layernorm=parts.pre_mlp_layernorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=ModuleSpec(module=GatedMLP, submodules=mlp),
         ),
     )
 

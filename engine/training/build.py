@@ -38,7 +38,7 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig, backend: 
     parallel = layout.config
     dtype = DTYPES[model.dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -66,6 +66,7 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig, backend: 
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
+        recompute_modules=[],
         deterministic_mode=model.deterministic,
         # Weights always come from somewhere else, but only this path marks tensor-parallel parameters;
         # without the marks the gradient norm is silently wrong.
@@ -82,6 +83,8 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig, backend: 
         deallocate_pipeline_outputs=True,
         **backend.config(),
     )
+    config.recompute_modules = list(model.recompute_modules)  # Megatron's check knows no dense activation
+    return config
 
 
 def build_chunks(config: TransformerConfig, arch: Arch, mesh: Mesh, parts: Parts) -> list[Decoder]:

@@ -315,6 +315,23 @@ def test_flash_attn_is_called_with_our_segments(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_flash_attn_keeps_no_slice_of_a_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves values as they are given: a slice would hold the queries and keys beside it, which were turned."""
+    kept: list[int] = []
+
+    def look(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: object, **options: object
+    ) -> torch.Tensor:
+        kept.append(v.untyped_storage().nbytes())
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=look))
+    segments = pack_chats([([1] * 14, [True] * 14)], 14, CPU).segments
+    value = torch.randn(14, 8, 8)[:, 6:]
+    flash_attention(torch.randn(14, 4, 8), torch.randn(14, 2, 8), value, segments, 0.3)
+    assert kept == [value.nbytes]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [varlen_attention, flash_attention])
 @pytest.mark.parametrize("shared", [False, True])

@@ -101,6 +101,24 @@ def test_the_tokenizer_is_the_models_unless_given(project: Path) -> None:
         ),
         (["model.recompute_granularity=full"], "needs recompute_method and recompute_num_layers"),
         (["model.recompute_num_layers=1"], "need recompute_granularity"),
+        (["model.recompute_granularity=selective"], "needs recompute_modules; name some, such as"),
+        (["model.recompute_modules=[mlp]"], "need recompute_granularity: selective"),
+        (
+            [
+                "model.recompute_granularity=selective",
+                "model.recompute_modules=[mlp]",
+                "model.recompute_num_layers=1",
+            ],
+            "need recompute_granularity: full; set it, or delete them",
+        ),
+        (
+            ["model.recompute_granularity=selective", "model.recompute_modules=[mlp, mlp_act]"],
+            "mlp computes the activation again too; delete mlp_act",
+        ),
+        (
+            ["model.recompute_granularity=selective", "model.recompute_modules=[layernrom]"],
+            "expected core_attn, layernorm, mlp or mlp_act; did you mean layernorm?",
+        ),
         (["checkpoint.max_shard_size=5"], "max_shard_size=5: read 5; expected text"),
         (["checkpoint.max_shard_size=5 GB"], "expected text that matches"),
         (
