@@ -20,8 +20,8 @@ class Memory:
     """Gathers peaks: what torch allocated on the GPU at once, or on the CPU the process's resident size.
 
     The file `run_dir/memory.json` holds {"rank", "tp", …, "peak_gb"} for each rank, in 10⁹ bytes, and on GPUs
-    "peak_reserved_gb": what torch's allocator held at once, gaps included. It is kept up to date from the first report
-    on, so that a run which dies of memory later leaves it behind.
+    "peak_reserved_gb": what torch's allocator held at once, gaps included. It is kept up to date from the first
+    report on, so that a run which dies of memory later leaves it behind.
 
     Args:
         place: this rank's number along each axis, by the axis' name.
