@@ -1,4 +1,4 @@
-"""What only a run on GPUs does, done on the CPU: messages of a pipeline in batches, the loop that torch would choose."""
+"""What only a run on GPUs does, done on the CPU: a pipeline's messages in batches, the loop that torch would choose."""
 
 from __future__ import annotations
 
