@@ -1,4 +1,4 @@
-"""What only a run on GPUs does, done on the CPU: a pipeline's messages in batches, the loop that torch would choose."""
+"""What only a run on GPUs does, done on the CPU: a pipeline's messages in batches, torch's choice of a loop."""
 
 from __future__ import annotations
 
