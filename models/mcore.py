@@ -129,7 +129,7 @@ def initialize_model_parallel(*degrees: Any, **options: Any) -> None:
     made: dict[tuple[tuple[int, ...], str], Any] = {}
 
     def create_group(ranks: Sequence[int], *, backend: str | None = None, **options: Any) -> Any:
-        key = tuple(ranks), backend or dist.get_backend()
+        key = tuple(sorted(ranks)), backend or dist.get_backend()
         if key not in made:
             made[key] = theirs(ranks, backend=backend, **options)
         return made[key]

@@ -187,10 +187,8 @@ def _first_to_fail(env: RankEnv, world_store: list[Any]) -> bool:
     """Whether this rank is the one to print: the first error is the cause, the others only follow from it."""
     if not world_store:
         if env.rank > 0:
-            time.sleep(
-                5
-            )  # most often rank 0 finds the same; who leaves first ends the others, and it has to print
-        return env.local_rank == 0  # what is wrong with a node its first rank says
+            time.sleep(5)  # rank 0 may find the same; who leaves first ends the others, and it has to print
+        return env.local_rank == 0  # what is wrong with a node, its first rank says
     try:
         return world_store[0].add("ranks that failed", 1) == 1
     except Exception:  # the store went with the rank that failed first

@@ -23,7 +23,7 @@ def _groups_made_by(
     theirs = dist.new_group
 
     def new_group(ranks: list[int], backend: str | None = None, **options: Any) -> Any:
-        made.append((backend or "nccl", tuple(ranks)))
+        made.append((backend or "nccl", tuple(sorted(ranks))))
         return theirs(ranks, backend="fake", group_desc=options["group_desc"])
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())

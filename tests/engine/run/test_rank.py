@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paralign.engine.processes import variables
+from paralign.engine.processes.launch import RankEnv
 from paralign.engine.processes.stop import Stop
 from paralign.engine.run import rank as module
 from paralign.engine.run.rank import run
@@ -33,6 +34,14 @@ def test_a_rank_without_a_recipe_says_so_and_exits_with_2(
     assert capsys.readouterr().err == (
         "error: no recipe given; expected RECIPE [--replay-step=N] [key.sub=value …]\n"
     )
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "prints"), [(0, 0, True), (1, 1, False), (8, 0, True)])
+def test_what_is_wrong_with_a_node_is_said_by_its_first_rank(
+    rank: int, local_rank: int, prints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert module._first_to_fail(RankEnv(rank, local_rank, 16, "host:1"), []) == prints
 
 
 ENTRY = """
@@ -79,6 +88,7 @@ for name in ("is_available", "device_count", "current_device", "init", "_lazy_in
     setattr(torch.cuda, name, watched(getattr(torch.cuda, name)))
 
 from paralign.engine.processes import variables
+from paralign.engine.processes.launch import RankEnv
 from paralign.engine.processes.stop import Stop
 from paralign.engine.run import rank
 
