@@ -147,6 +147,10 @@ def launch(
         list[str] | None,
         typer.Option(metavar="NAME[=VALUE]", help="Any other option of sbatch; may be given several times."),
     ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable of every rank; may be given several times."),
+    ] = None,
     print_only: Annotated[
         bool,
         typer.Option(
@@ -157,7 +161,7 @@ def launch(
     ] = False,
 ) -> None:
     """Check a recipe, then submit it to SLURM."""
-    from .processes.slurm import Job, batch_script, options_of, submit
+    from .processes.slurm import Job, batch_script, options_of, submit, variables_of
     from .run.check import check
     from .run.recipe import load
 
@@ -177,6 +181,7 @@ def launch(
         requeue=requeue,
         save_seconds=save_seconds,
         others=options_of(sbatch or ()),
+        env=variables_of(env or ()),
     )
     script = batch_script(recipe.resolve(), overrides or (), job, run_dir=loaded.run_dir)
     typer.echo(script if print_only else submit(script, run_dir=loaded.run_dir), nl=not print_only)

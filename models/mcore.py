@@ -4,17 +4,19 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from queue import Queue, SimpleQueue
 from typing import Any
 
-from . import host, weight_gradient
+import torch.distributed as dist
+
+from . import host, known_warnings, weight_gradient
 
 ON_HOST = host.install()
 weight_gradient.install()
 
 with warnings.catch_warnings():
-    # Some twenty lines that say Transformer Engine and apex are absent; the start-up block says once what is used.
-    warnings.simplefilter("ignore")
+    known_warnings.ignore()
     from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
@@ -48,8 +50,10 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-# The same absences again, at every construction of a layer.
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
+# A checkpoint's directory holds the recipe before megatron-core writes there.
+logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
+    lambda record: not record.getMessage().startswith("Overwriting old incomplete")
+)
 
 
 class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy):
@@ -113,3 +117,25 @@ def build_optimizer(
         return optimizer.get_megatron_optimizer(config, chunks)
     finally:
         optimizer.DistributedOptimizer = theirs
+
+
+def initialize_model_parallel(*degrees: Any, **options: Any) -> None:
+    """megatron-core's, with one process group for each set of ranks and backend.
+
+    It makes one for each purpose: 229 at tp 4, pp 4, dp 2, over 79 sets of ranks. All ranks wait for each other when
+    a group is made, and one that is used has connections and buffers of its own.
+    """
+    theirs = parallel_state.create_group
+    made: dict[tuple[tuple[int, ...], str], Any] = {}
+
+    def create_group(ranks: Sequence[int], *, backend: str | None = None, **options: Any) -> Any:
+        key = tuple(sorted(ranks)), backend or dist.get_backend()
+        if key not in made:
+            made[key] = theirs(ranks, backend=backend, **options)
+        return made[key]
+
+    parallel_state.create_group = create_group
+    try:
+        parallel_state.initialize_model_parallel(*degrees, **options)
+    finally:
+        parallel_state.create_group = theirs

@@ -19,8 +19,9 @@ WORTH_WRITING = 1.01  # how much some peak must grow before the file is written 
 class Memory:
     """Gathers peaks: what torch allocated on the GPU at once, or on the CPU the process's resident size.
 
-    The file `run_dir/memory.json` holds {"rank", "tp", …, "peak_gb"} for each rank, in 10⁹ bytes. It is kept up to
-    date from the first report on, so that a run which dies of memory later leaves it behind.
+    The file `run_dir/memory.json` holds {"rank", "tp", …, "peak_gb"} for each rank, in 10⁹ bytes, and on GPUs
+    "peak_reserved_gb": what torch's allocator held at once, gaps included. It is kept up to date from the first
+    report on, so that a run which dies of memory later leaves it behind.
 
     Args:
         place: this rank's number along each axis, by the axis' name.
@@ -40,30 +41,31 @@ class Memory:
                 self._path.unlink(missing_ok=True)
 
     def read(self) -> dict[str, float]:
-        """`peak_memory_gb` of the fullest rank so far. Collective."""
+        """`peak_memory_gb` of the fullest rank so far, and `peak_reserved_memory_gb` on GPUs. Collective."""
+        peaks = _peak_bytes(self._device)
         mine = torch.tensor(
-            [self._rank, *self._place.values(), _peak_bytes(self._device)],
-            dtype=torch.float64,
-            device=self._device,
+            [self._rank, *self._place.values(), *peaks.values()], dtype=torch.float64, device=self._device
         )
         every = [torch.empty_like(mine) for _ in range(self._world_size)]
         dist.all_gather(every, mine)
-        rows = torch.stack(every).tolist()
-        peaks = [row[-1] for row in rows]
-        grown = any(peak > WORTH_WRITING * before for peak, before in zip(peaks, self._written))
+        rows = [dict(zip(("rank", *self._place, *peaks), row)) for row in torch.stack(every).tolist()]
+        grown = any(row["peak"] > WORTH_WRITING * before for row, before in zip(rows, self._written))
         if self._rank == 0 and grown:
-            self._written = peaks
+            self._written = [row["peak"] for row in rows]
             ranks = [
-                dict(zip(("rank", *self._place), map(int, row), strict=False))
-                | {"peak_gb": round(row[-1] / 1e9, 3)}
+                {name: int(row[name]) for name in ("rank", *self._place)}
+                | {f"{name}_gb": round(row[name] / 1e9, 3) for name in peaks}
                 for row in rows
             ]
             with refusals_told(self._path):
                 write_whole(self._path, json.dumps(ranks, indent=1) + "\n")
-        return {"peak_memory_gb": max(peaks) / 1e9}
+        return {f"{name}_memory_gb": max(row[name] for row in rows) / 1e9 for name in peaks}
 
 
-def _peak_bytes(device: torch.device) -> int:
+def _peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "peak": torch.cuda.max_memory_allocated(device),
+            "peak_reserved": torch.cuda.max_memory_reserved(device),
+        }
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -1,7 +1,7 @@
 """Sends the metrics of a run to metrics.jsonl, the console and the trackers, while it runs.
 
 Names: loss, loss/SOURCE where there are several, grad_norm, learning_rate, tokens_per_second (all GPUs),
-tflops_per_gpu, mfu, peak_memory_gb (of the fullest rank), samples, validation/NAME/loss.
+tflops_per_gpu, mfu, peak_memory_gb and peak_reserved_memory_gb (of the fullest rank), samples, validation/NAME/loss.
 """
 
 from __future__ import annotations

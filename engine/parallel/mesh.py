@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from paralign.models.errors import ParalignError
-from paralign.models.mcore import parallel_state, tensor_parallel
+from paralign.models.mcore import initialize_model_parallel, parallel_state, tensor_parallel
 
 from .layout import AXES, Layout
 from .meeting import of_this_attempt
@@ -68,7 +68,7 @@ class Mesh:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; an error that it raises is raised on all of them. Collective."""
@@ -151,7 +151,8 @@ def open_world(
         world_size=world_size,
         store=store,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        # No device_id: with it every new group is a collective of all ranks on the GPU (ncclCommSplit), but a gloo
+        # group one for those outside it alone, so that ranks are at different groups at the same time.
     )
     yield store
     # Not after an error: it would wait for ranks that wait for this one.
@@ -165,7 +166,7 @@ def open_mesh(layout: Layout, *, local_rank: int, seed: int) -> Iterator[Mesh]:
     Megatron's order of ranks is that of AXES.
     """
     config = layout.config
-    parallel_state.initialize_model_parallel(
+    initialize_model_parallel(
         config.tensor_model_parallel_size,
         config.pipeline_model_parallel_size,
         config.virtual_pipeline_model_parallel_size,

@@ -32,6 +32,7 @@ class Job:
         save_seconds: that a save takes; the warning before the time limit comes early enough for three.
         others: any other option of sbatch by its long name, with None where it takes no value; they go before those
             that follow from the fields above.
+        env: environment variables of every rank, by name.
     """
 
     nodes: int
@@ -45,6 +46,7 @@ class Job:
     requeue: bool = False
     save_seconds: float = 0.0
     others: Mapping[str, str | None] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def options_of(words: Sequence[str]) -> dict[str, str | None]:
@@ -61,6 +63,21 @@ def options_of(words: Sequence[str]) -> dict[str, str | None]:
                 f"--sbatch {word!r}: expected a long option of sbatch, such as qos=high or overcommit"
             )
         found[name] = value if given else None
+    return found
+
+
+def variables_of(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE`, by name.
+
+    Raises:
+        RecipeError: not such a variable.
+    """
+    found = {}
+    for word in words:
+        name, given, value = word.partition("=")
+        if not (given and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)):
+            raise RecipeError(f"--env {word!r}: expected NAME=VALUE, such as NCCL_DEBUG=INFO")
+        found[name] = value
     return found
 
 
@@ -99,11 +116,12 @@ def batch_script(recipe: Path, overrides: Sequence[str], job: Job, *, run_dir: P
     # srun does not take it from sbatch, and without it each rank would have one core.
     cpus = options.get("cpus-per-task") or f"$((SLURM_CPUS_ON_NODE / {options['ntasks-per-node']}))"
     rank = shlex.join([sys.executable, "-m", "paralign.engine.run", str(recipe), *overrides])
-    before = again = ""
+    before = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.env.items())
+    again = ""
     if job.requeue:
         # Not srun's code: the first rank that leaves with 75 has the others ended, and srun then gives theirs.
         marker = f"{shlex.quote(str(run_dir))}/slurm-$SLURM_JOB_ID.stopped"
-        before = f'export {STOPPED}={marker}\nrm -f "${STOPPED}"\n'
+        before += f'export {STOPPED}={marker}\nrm -f "${STOPPED}"\n'
         again = f'[ "$(cat "${STOPPED}" 2>/dev/null)" = SIGUSR1 ] && scontrol requeue "$SLURM_JOB_ID"\n'
     return (
         "#!/usr/bin/env bash\n"

@@ -17,6 +17,9 @@ def main(arguments: Sequence[str]) -> int:
         die_with_parent()  # torchrun's agent has no other way to take its ranks with it when it is killed
     # To the end of the process: a signal while it ends must not make a failure of a run that is done.
     stop = Stop().hear()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Logits differ in size from pack to pack, and segments of the GPU's memory that cannot grow leave gaps.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     from .rank import run  # two seconds, in which a signal may come
 
     return run(arguments, stop)

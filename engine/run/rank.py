@@ -6,13 +6,13 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paralign.models import known_warnings
 from paralign.models.errors import ParalignError, RecipeError
 
 from ..checkpoint.hf import arch_of
@@ -21,6 +21,7 @@ from ..files.refused import told
 from ..parallel.layout import resolve
 from ..processes.launch import RankEnv, rank_environment
 from ..processes.stop import EXIT_STOPPED, Stop
+from ..processes.variables import check_interface, set_before_cuda
 from .check import CheckReport, check
 from .recipe import Recipe, load
 
@@ -48,13 +49,17 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
             raise RecipeError("no recipe given; expected RECIPE [--replay-step=N] [key.sub=value …]")
         recipe = load(Path(others[0]), others[1:])
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
-        resolve(
+        layout = resolve(
             recipe.layout,
             arch_of(recipe.model.hf),
             world_size=env.world_size,
             global_batch_size=recipe.train.global_batch_size,
             tokens_per_pack=recipe.data.tokens_per_pack,
         )
+        check_interface(env)
+        remark = set_before_cuda(env.rank, recipe.run_dir, tensor_parallel=layout.tp > 1)
+        if remark and env.rank == 0:
+            print(remark, file=sys.stderr, flush=True)
         whole = meet_and_train(recipe, env, world_store, stop, replay_step)
     except Exception as raised:
         error = told(raised)
@@ -95,8 +100,7 @@ def meet_and_train(
     recipe: Recipe, env: RankEnv, world_store: list[Any], stop: Stop, replay_step: int | None = None
 ) -> bool:
     """Join the other ranks, check the recipe on all of them, train; see `train`."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module="megatron")
+    known_warnings.ignore()
     from ..parallel.mesh import open_world
 
     env.tell_torch()
@@ -183,8 +187,8 @@ def _first_to_fail(env: RankEnv, world_store: list[Any]) -> bool:
     """Whether this rank is the one to print: the first error is the cause, the others only follow from it."""
     if not world_store:
         if env.rank > 0:
-            time.sleep(5)  # rank 0 finds the same; who leaves first ends the others, and it has to print
-        return env.rank == 0
+            time.sleep(5)  # rank 0 may find the same; who leaves first ends the others, and it has to print
+        return env.local_rank == 0  # what is wrong with a node, its first rank says
     try:
         return world_store[0].add("ranks that failed", 1) == 1
     except Exception:  # the store went with the rank that failed first

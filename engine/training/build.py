@@ -80,6 +80,9 @@ def transformer_config(arch: Arch, layout: Layout, model: ModelConfig, backend: 
         # cross between two stages are taken for one another, without an error.
         overlap_p2p_comm=interleaved and not ON_HOST,
         batch_p2p_comm=not interleaved and not ON_HOST,
+        # It would wait for the whole GPU after each message, against a fault that torch mended in 2022 (its pull
+        # request 82450): what followed `wait` was not ordered behind the message.
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         **backend.config(),
     )

@@ -196,6 +196,7 @@ class Optimizer:
         Until it is called, neither weights nor the optimizer's state have changed.
         """
         for group in self.megatron.param_groups:
+            group["foreach"] = False  # torch chooses it on GPUs; its temporaries are as large as all weights
             group["lr"] = lr
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         for part in self.megatron.chained_optimizers:

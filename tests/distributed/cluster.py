@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .pool import free_port
-from .processes import Processes
+from .processes import ONE_MACHINE, Processes
 
 NODES = ("paralign-n1", "paralign-n2")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -60,7 +60,7 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.processes = Processes(directory / "log")
-        self.environment = {"SLURM_CONF": str(directory / "slurm.conf")}
+        self.environment = {"SLURM_CONF": str(directory / "slurm.conf"), **ONE_MACHINE}
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     @staticmethod

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from paralign.engine.processes.child import die_with_parent
 
+ONE_MACHINE = {
+    "GLOO_SOCKET_IFNAME": "lo"
+}  # for agents that stand for nodes: the host's name may be the loopback
 MARK = "PARALIGN_TEST_MARK"
 
 
@@ -45,7 +48,10 @@ class Processes:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=os.environ | {MARK: self.mark, "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment,
+                    env=os.environ
+                    | {MARK: self.mark, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+                    | ONE_MACHINE
+                    | environment,
                     start_new_session=True,
                     preexec_fn=die_with_parent,  # where a test is ended from outside
                 )

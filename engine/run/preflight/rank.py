@@ -6,18 +6,19 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch.distributed import DistError
 
+from paralign.models import known_warnings
 from paralign.models.errors import ParalignError, TrainingError
 
 from ...checkpoint.hf import arch_of
 from ...files.refused import told
 from ...parallel.layout import resolve
 from ...processes.launch import RankEnv, rank_environment
+from ...processes.variables import check_interface, set_before_cuda
 from ..recipe import Recipe, load
 
 _MINUTES = 3  # a rank that has not come by then does not come
@@ -60,9 +61,9 @@ def preflight(recipe: Recipe, env: RankEnv) -> int:
         global_batch_size=recipe.train.global_batch_size,
         tokens_per_pack=recipe.data.tokens_per_pack,
     )
-    _check_interface(env)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module="megatron")
+    check_interface(env)
+    set_before_cuda(env.rank, recipe.run_dir, tensor_parallel=layout.tp > 1)
+    known_warnings.ignore()
     from rich.console import Console
 
     from ...parallel.mesh import open_mesh, open_world
@@ -89,21 +90,3 @@ def preflight(recipe: Recipe, env: RankEnv) -> int:
             + (f"{len(findings)} findings" if findings else "nothing bad found")
         )
     return 2 if findings else 0
-
-
-def _check_interface(env: RankEnv) -> None:
-    """gloo takes the address of the host's name; where that is the loopback, other nodes wait for ever."""
-    here, nodes = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("SLURM_NNODES", "1")
-    several_nodes = int(here) < env.world_size if here.isdecimal() else nodes != "1"
-    if not several_nodes or os.environ.get("GLOO_SOCKET_IFNAME"):
-        return
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        address = "no address"
-    if address.startswith("127.") or address == "no address":
-        raise TrainingError(
-            f"rank {env.rank}: the name of this host, {name}, gives {address}, and gloo would bind to it; set "
-            "GLOO_SOCKET_IFNAME to the interface between the nodes on all of them, such as eth0"
-        )

@@ -14,6 +14,7 @@ from paralign.engine.processes.slurm import (
     batch_script,
     options_of,
     submit,
+    variables_of,
     waits_of_slurm,
 )
 from paralign.engine.processes.stop import EXIT_STOPPED, STOPPED
@@ -139,6 +140,17 @@ def test_overrides_survive_the_shell(tmp_path: Path) -> None:
     _fake(tmp_path, "srun", f'printf "%s\\n" "$@" > {tmp_path}/said')
     _run(batch_script(RECIPE, ["data.train=[a b, $HOME]"], Job(1, 1), run_dir=tmp_path), tmp_path)
     assert (tmp_path / "said").read_text().splitlines()[-1] == "data.train=[a b, $HOME]"
+
+
+def test_variables_reach_every_rank_as_they_were_given(tmp_path: Path) -> None:
+    _fake(tmp_path, "srun", f'printf "%s\\n" "$NCCL_IB_HCA" "$NCCL_DEBUG_FILE" > {tmp_path}/said')
+    env = variables_of(["NCCL_IB_HCA=mlx5_0,mlx5_1", "NCCL_DEBUG_FILE=/logs/a b$x=%h", "EMPTY="])
+    assert env["EMPTY"] == ""
+    _run(batch_script(RECIPE, [], Job(2, 8, env=env), run_dir=tmp_path), tmp_path)
+    assert (tmp_path / "said").read_text().splitlines() == ["mlx5_0,mlx5_1", "/logs/a b$x=%h"]
+    for word in ("NCCL_DEBUG", "=INFO", "NCCL-DEBUG=INFO", "A B=1"):
+        with pytest.raises(RecipeError, match="expected NAME=VALUE"):
+            variables_of([word])
 
 
 def test_submit_writes_the_script_and_says_what_sbatch_said(

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 
-from paralign.engine.processes.launch import RankEnv
-from paralign.engine.run.preflight import rank as module
 from paralign.engine.run.preflight.device import Product
 from paralign.engine.run.preflight.disk import Disk
 from paralign.engine.run.preflight.host import Host
 from paralign.engine.run.preflight.links import Link
 from paralign.engine.run.preflight.verdict import Rank, judge
-from paralign.models.errors import TrainingError
 
 ROOM = 10**12
 
@@ -125,21 +122,3 @@ def test_two_results_of_two_devices_name_both() -> None:
     ranks[1] = _product(ranks[1], digest="d2")
     [finding] = judge(ranks, ROOM)
     assert "ranks 0, 1 multiply the same matrices to results that differ" in str(finding)
-
-
-@pytest.mark.parametrize("variable", [{"LOCAL_WORLD_SIZE": "2"}, {"SLURM_NNODES": "2"}])
-def test_a_host_whose_name_is_the_loopback_is_refused_before_gloo_waits(
-    variable: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NNODES", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.socket, "gethostbyname", lambda name: "127.0.1.1")
-    module._check_interface(RankEnv(0, 0, 4, "host:1"))  # one node
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(
-        TrainingError, match=r"gives 127\.0\.1\.1, and gloo would bind to it; set GLOO_SOCKET_IFNAME"
-    ):
-        module._check_interface(RankEnv(0, 0, 4, "host:1"))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    module._check_interface(RankEnv(0, 0, 4, "host:1"))
