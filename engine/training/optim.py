@@ -16,6 +16,7 @@ from paralign.models.mcore import (
     DistributedOptimizer,
     build_optimizer,
     clip_grad_by_total_norm_fp32,
+    gradients_for_norm,
 )
 from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 
@@ -236,7 +237,7 @@ class Optimizer:
         """Σ g² over all ranks, float64: one pass over the shards, and the host waits once, not for each of them."""
         total = torch.zeros((), dtype=torch.float64, device=next(self.chunks[0].parameters()).device)
         for part in self.megatron.chained_optimizers:
-            gradients = part.get_main_grads_for_grad_norm()
+            gradients = gradients_for_norm(part)
             own = squared_sum(*gradients) if gradients else torch.zeros_like(total)
             dist.all_reduce(own, group=part.get_grad_stats_parallel_group())
             total += own

@@ -19,9 +19,12 @@ from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, ParalignError
 from paralign.models.mcore import (
     ON_HOST,
+    VERSION,
+    CheckpointingException,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
+    read_through,
 )
 
 from ..checkpoint import store
@@ -175,10 +178,16 @@ class NativeCheckpoints:
             )
         reader = MetadataReader(directory)
         refuse_more_than_tensors(reader)
-        with weights_only():
-            state = dist_checkpointing.load(
-                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(reader)
-            )
+        try:
+            with weights_only(), read_through(reader):
+                state = dist_checkpointing.load(
+                    self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy()
+                )
+        except CheckpointingException as error:
+            raise CheckpointError(
+                f"{directory}: megatron-core {VERSION} cannot load it ({error}); one that 0.19 "
+                "or a later version has saved needs such a version"
+            ) from error
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
