@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from queue import Queue, SimpleQueue
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from . import host, weight_gradient
+from .errors import CheckpointError
 
 ON_HOST = host.install()
 weight_gradient.install()
@@ -26,7 +28,6 @@ with warnings.catch_warnings():
     from megatron.core import __version__ as VERSION
     from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -112,19 +113,31 @@ def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
 
 @contextmanager
 def read_through(reader: Any) -> Iterator[None]:
-    """megatron-core reads checkpoints through a reader of the caller's, and not through torch's, which unpickles.
+    """megatron-core loads a checkpoint through this reader, and not through torch's, which unpickles what it finds.
 
-    It makes one by a function; since 0.19 a second module has that under its own name, for what is no tensor.
+    It makes its readers by a function. 0.19 has that under a second name as well: it reads from a file of tensors
+    what was in `common.pt` before.
+
+    Raises:
+        CheckpointError: 0.19 or a later version has saved it, and this is an older one.
     """
+    places = [
+        module for module in (torch_strategies, serialization) if hasattr(module, "_get_filesystem_reader")
+    ]
+    common = Path(reader.path, "common.pt")
+    if serialization not in places and not common.exists():
+        raise CheckpointError(
+            f"{common}: missing; megatron-core 0.19 and later save without it, and {VERSION} cannot load that: "
+            "install a later one"
+        )
     with ExitStack() as stack:
-        for module in (torch_strategies, serialization):
-            if hasattr(module, "_get_filesystem_reader"):
-                stack.enter_context(_renamed(module, "_get_filesystem_reader", lambda *_, **__: reader))
+        for module in places:
+            stack.enter_context(_renamed(module, "_get_filesystem_reader", lambda *_, **__: reader))
         yield
 
 
 def activation(function: Callable[[torch.Tensor], torch.Tensor]) -> type[MegatronModule]:
-    """The function as a module without weights: what megatron-core's MLP is built with, since 0.17 with nothing else."""
+    """The function as a module without weights; since 0.17 megatron-core's MLP takes no plain function."""
 
     class Activation(MegatronModule):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

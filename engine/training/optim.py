@@ -30,8 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _StatePerParameter(DistributedOptimizer):
     """Megatron's distributed optimizer over torch's AdamW, resumable.
 
-    torch keeps `step` beside the moments of each parameter. On loading, megatron-core 0.16 gives all of them
-    one and the same tensor, which every parameter's update then increments, and looks for it among tensors
+    torch keeps `step` beside the moments of each parameter. On loading, megatron-core (to 0.19 at least) gives all
+    of them one and the same tensor, which every parameter's update then increments, and looks for it among tensors
     that do not have it. Each parameter gets its own here.
     """
 

@@ -19,8 +19,6 @@ from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, ParalignError
 from paralign.models.mcore import (
     ON_HOST,
-    VERSION,
-    CheckpointingException,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -169,7 +167,7 @@ class NativeCheckpoints:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
 
         Raises:
-            CheckpointError: it is of another model, or holds more than tensors.
+            CheckpointError: it is of another model or a later megatron-core, or holds more than tensors.
         """
         saved = arch_of(directory / ASSETS)
         if differing := _differences(saved, self._model.arch):
@@ -178,16 +176,10 @@ class NativeCheckpoints:
             )
         reader = MetadataReader(directory)
         refuse_more_than_tensors(reader)
-        try:
-            with weights_only(), read_through(reader):
-                state = dist_checkpointing.load(
-                    self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy()
-                )
-        except CheckpointingException as error:
-            raise CheckpointError(
-                f"{directory}: megatron-core {VERSION} cannot load it ({error}); one that 0.19 "
-                "or a later version has saved needs such a version"
-            ) from error
+        with weights_only(), read_through(reader):
+            state = dist_checkpointing.load(
+                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy()
+            )
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])

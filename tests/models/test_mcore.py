@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from paralign.models import mcore
+from paralign.models.errors import CheckpointError
 
 
 class TheirAdam(torch.optim.SGD):
@@ -22,3 +24,17 @@ def test_another_optimizer_than_torchs_adamw_is_refused(monkeypatch: pytest.Monk
     nothing: Any = None
     with pytest.raises(RuntimeError, match=r"megatron-core .* took .*TheirAdam where torch's AdamW is meant"):
         mcore.build_optimizer(mcore.DistributedOptimizer, nothing, nothing)
+
+
+def test_a_version_that_cannot_load_what_a_later_one_saved_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(mcore.serialization, "_get_filesystem_reader", raising=False)
+    reader = SimpleNamespace(path=tmp_path)
+    remedy = r"common\.pt: missing; megatron-core 0\.19 and later save without it, .*: install a later one"
+    with pytest.raises(CheckpointError, match=remedy), mcore.read_through(reader):
+        pass
+    (tmp_path / "common.pt").touch()
+    with mcore.read_through(reader):
+        assert mcore.torch_strategies._get_filesystem_reader("anywhere") is reader
+    assert mcore.torch_strategies._get_filesystem_reader(tmp_path) is not reader
