@@ -31,6 +31,7 @@ from .mcore import (
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayerSubmodules,
+    activation,
     build_module,
     get_num_layers_to_build,
 )
@@ -75,7 +76,9 @@ def layer_spec(parts: Parts) -> ModuleSpec:
         k_layernorm=parts.k_layernorm,
     )
     mlp = MLPSubmodules(
-        linear_fc1=parts.linear_fc1, linear_fc2=parts.linear_fc2, activation_func=parts.activation_func
+        linear_fc1=parts.linear_fc1,
+        linear_fc2=parts.linear_fc2,
+        activation_func=activation(parts.activation_func),
     )
     return ModuleSpec(
         module=parts.layer,

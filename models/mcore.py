@@ -1,26 +1,37 @@
-"""The only door to megatron-core: installs the host hook, then names the parts in use. Nobody else imports it."""
+"""The only door to megatron-core: installs the host hook, then names the parts in use. Nobody else imports it.
+
+It opens to 0.16.1 and to each later version up to 0.19. What differs between them is dealt with here.
+"""
 
 # ruff: noqa: F401  (the names are for others)
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from queue import Queue, SimpleQueue
+from types import ModuleType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from . import host, known_warnings, weight_gradient
+from .errors import CheckpointError
 
 ON_HOST = host.install()
 weight_gradient.install()
 
 with warnings.catch_warnings():
     known_warnings.ignore()
+    from megatron.core import __version__ as VERSION
     from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -28,7 +39,7 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -56,6 +67,17 @@ logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
 )
 
 
+@contextmanager
+def _renamed(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """The functions of a module find `value` under a name of theirs."""
+    theirs = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, theirs)
+
+
 class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy):
     """megatron-core's, without its processes: it would spawn a manager on each rank, which outlives the rank.
 
@@ -63,14 +85,15 @@ class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy
     number of the bucket, before the finalize functions run.
     """
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
-        """See megatron-core."""
-        theirs = filesystem_async._get_write_results_queue
-        filesystem_async._get_write_results_queue = SimpleQueue
-        try:
-            return super().async_save(sharded_state_dict, checkpoint_dir)
-        finally:
-            filesystem_async._get_write_results_queue = theirs
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, *writer: str) -> AsyncRequest:
+        """See megatron-core; its own writer, where 0.17 would take that of nvidia-resiliency-ext."""
+        del writer
+        names_a_writer = hasattr(torch_strategies, "get_async_strategy")
+        queue = "get_write_results_queue" if names_a_writer else "_get_write_results_queue"
+        with _renamed(filesystem_async, queue, SimpleQueue):
+            return super().async_save(
+                sharded_state_dict, checkpoint_dir, *(["mcore"] if names_a_writer else [])
+            )
 
 
 def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
@@ -90,33 +113,68 @@ def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
     return found
 
 
-class TorchDistLoadShardedStrategy(torch_strategies.TorchDistLoadShardedStrategy):
-    """megatron-core's, with a reader of the caller's: megatron-core makes one by a function of its own module."""
+@contextmanager
+def read_through(reader: Any) -> Iterator[None]:
+    """megatron-core loads a checkpoint through this reader, and not through torch's, which unpickles what it finds.
 
-    def __init__(self, reader: Any) -> None:
-        super().__init__()
-        self._reader = reader
+    It makes its readers by a function. 0.19 has that under a second name as well: it reads from a file of tensors
+    what was in `common.pt` before.
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """See megatron-core."""
-        theirs = torch_strategies._get_filesystem_reader
-        torch_strategies._get_filesystem_reader = lambda *_, **__: self._reader
-        try:
-            return super().load(sharded_state_dict, checkpoint_dir)
-        finally:
-            torch_strategies._get_filesystem_reader = theirs
+    Raises:
+        CheckpointError: 0.19 or a later version has saved it, and this is an older one.
+    """
+    places = [
+        module for module in (torch_strategies, serialization) if hasattr(module, "_get_filesystem_reader")
+    ]
+    common = Path(reader.path, "common.pt")
+    if serialization not in places and not common.exists():
+        raise CheckpointError(
+            f"{common}: missing; megatron-core 0.19 and later save without it, and {VERSION} cannot load that: "
+            "install a later one"
+        )
+    with ExitStack() as stack:
+        for module in places:
+            stack.enter_context(_renamed(module, "_get_filesystem_reader", lambda *_, **__: reader))
+        yield
+
+
+def activation(function: Callable[[torch.Tensor], torch.Tensor]) -> type[MegatronModule]:
+    """The function as a module without weights; since 0.17 megatron-core's MLP takes no plain function."""
+
+    class Activation(MegatronModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    return Activation
 
 
 def build_optimizer(
     kind: type[DistributedOptimizer], config: OptimizerConfig, chunks: list[DistributedDataParallel]
 ) -> Any:
-    """megatron-core's optimizer of the chunks, made of `kind`: it names the class in its own module."""
-    theirs = optimizer.DistributedOptimizer
-    optimizer.DistributedOptimizer = kind
-    try:
-        return optimizer.get_megatron_optimizer(config, chunks)
-    finally:
-        optimizer.DistributedOptimizer = theirs
+    """megatron-core's optimizer of the chunks, made of `kind` over torch's AdamW.
+
+    Where Transformer Engine or apex can be imported it would take their Adam. That counts steps for a group of
+    parameters, and torch's for each of them would be left out of checkpoints: a resumed run would begin again at
+    step 1, and say nothing. So it is told for good that neither is there: it asks at each save and load.
+
+    Raises:
+        RuntimeError: it took another optimizer all the same.
+    """
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    with _renamed(optimizer, "DistributedOptimizer", kind):
+        made = optimizer.get_megatron_optimizer(config, chunks)
+    for part in made.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            taken = f"{type(part.optimizer).__module__}.{type(part.optimizer).__name__}"
+            raise RuntimeError(f"megatron-core {VERSION} took {taken} where torch's AdamW is meant")
+    return made
+
+
+def gradients_for_norm(part: DistributedOptimizer) -> list[torch.Tensor]:
+    """The gradients whose squares this rank adds to the norm, each counted on one rank; 0.19 has renamed it."""
+    by_name = "get_main_grads_for_grad_norm", "get_grads_for_grad_norm"
+    return getattr(part, next(name for name in by_name if hasattr(part, name)))()
 
 
 def initialize_model_parallel(*degrees: Any, **options: Any) -> None:
@@ -134,8 +192,5 @@ def initialize_model_parallel(*degrees: Any, **options: Any) -> None:
             made[key] = theirs(ranks, backend=backend, **options)
         return made[key]
 
-    parallel_state.create_group = create_group
-    try:
+    with _renamed(parallel_state, "create_group", create_group):
         parallel_state.initialize_model_parallel(*degrees, **options)
-    finally:
-        parallel_state.create_group = theirs

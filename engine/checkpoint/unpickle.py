@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 from paralign.models.errors import CheckpointError
 
 METADATA = ".metadata"
-COMMON = "common.pt"  # megatron-core's file of what is the same on every rank
+# megatron-core's file of what is the same on every rank; since 0.19 it is an object beside the tensors.
+COMMON, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 BACKEND = "metadata.json"  # megatron-core's file of the format
 _FORCE, _FORCE_NO = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -98,15 +99,18 @@ def refuse_more_than_tensors(reader: MetadataReader) -> None:
         if json.loads(path.read_text())["sharded_backend"] != "torch_dist":
             raise ValueError("of another format than torch_dist")
         path = directory / COMMON
-        if "optimizer" not in _load_weights_only(path.read_bytes()):
-            raise ValueError("it has no optimizer")
+        in_file = path.exists() or COMMON_OBJECT not in found.state_dict_metadata
+        if in_file:
+            _refuse_without_optimizer(_load_weights_only(path.read_bytes()))
         for name, stored in found.state_dict_metadata.items():
             if isinstance(stored, BytesStorageMetadata):
                 item = found.storage_data[MetadataIndex(name)]
                 path = directory / item.relative_path
                 with path.open("rb") as file:
                     file.seek(item.offset)
-                    _load_weights_only(file.read(item.length))
+                    content = _load_weights_only(file.read(item.length))
+                if name == COMMON_OBJECT and not in_file:
+                    _refuse_without_optimizer(*content)
     except Exception as error:
         raise unreadable(f"{path}: cannot be read", error) from None
 
@@ -131,6 +135,11 @@ def unreadable(what: str, error: Exception) -> CheckpointError:
         remedy = "copy the checkpoint again"
     said = str(error).splitlines() or [type(error).__name__]
     return CheckpointError(f"{what} ({said[0]}); {remedy}")
+
+
+def _refuse_without_optimizer(common: Any) -> None:
+    if "optimizer" not in common:
+        raise ValueError("it has no optimizer")
 
 
 def _load_weights_only(content: bytes) -> Any:

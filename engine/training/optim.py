@@ -16,6 +16,7 @@ from paralign.models.mcore import (
     DistributedOptimizer,
     build_optimizer,
     clip_grad_by_total_norm_fp32,
+    gradients_for_norm,
 )
 from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 
@@ -29,8 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _StatePerParameter(DistributedOptimizer):
     """Megatron's distributed optimizer over torch's AdamW, resumable.
 
-    torch keeps `step` beside the moments of each parameter. On loading, megatron-core 0.16 gives all of them
-    one and the same tensor, which every parameter's update then increments, and looks for it among tensors
+    torch keeps `step` beside the moments of each parameter. On loading, megatron-core (to 0.19 at least) gives all
+    of them one and the same tensor, which every parameter's update then increments, and looks for it among tensors
     that do not have it. Each parameter gets its own here.
     """
 
@@ -237,7 +238,7 @@ class Optimizer:
         """Σ g² over all ranks, float64: one pass over the shards, and the host waits once, not for each of them."""
         total = torch.zeros((), dtype=torch.float64, device=next(self.chunks[0].parameters()).device)
         for part in self.megatron.chained_optimizers:
-            gradients = part.get_main_grads_for_grad_norm()
+            gradients = gradients_for_norm(part)
             own = squared_sum(*gradients) if gradients else torch.zeros_like(total)
             dist.all_reduce(own, group=part.get_grad_stats_parallel_group())
             total += own

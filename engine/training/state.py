@@ -22,6 +22,7 @@ from paralign.models.mcore import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
+    read_through,
 )
 
 from ..checkpoint import store
@@ -166,7 +167,7 @@ class NativeCheckpoints:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
 
         Raises:
-            CheckpointError: it is of another model, or holds more than tensors.
+            CheckpointError: it is of another model or a later megatron-core, or holds more than tensors.
         """
         saved = arch_of(directory / ASSETS)
         if differing := _differences(saved, self._model.arch):
@@ -175,9 +176,9 @@ class NativeCheckpoints:
             )
         reader = MetadataReader(directory)
         refuse_more_than_tensors(reader)
-        with weights_only():
+        with weights_only(), read_through(reader):
             state = dist_checkpointing.load(
-                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(reader)
+                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy()
             )
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])

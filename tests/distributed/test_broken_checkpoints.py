@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert {step: losses_of(saved)[step] for step in range(4, STEPS)} == losses_of(run_dir)
 
     for step in (4, 8, 12):
-        _flip(run_dir / f"checkpoints/iter_{step:07d}/common.pt")
+        _flip(run_dir / f"checkpoints/iter_{step:07d}/.metadata")
     with pytest.raises(RankFailure, match="no checkpoint is as it was written: iter_0000012"):
         ranks.run(2, train_recipe, recipe)
     assert store.latest(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000012"  # none is renamed

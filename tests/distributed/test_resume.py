@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from paralign.engine.checkpoint import store
 from paralign.engine.checkpoint.convert import convert
 from paralign.engine.checkpoint.manifest import MANIFEST
-from paralign.engine.checkpoint.unpickle import read_metadata
+from paralign.engine.checkpoint.unpickle import MetadataReader, read_metadata, refuse_more_than_tensors
 from paralign.engine.checkpoint.verify import check_against_manifest
-from paralign.models.errors import WeightsError
+from paralign.models.errors import CheckpointError, WeightsError
 
 from ..harm import Harm
 from .comparing import assert_weights_equal, metrics_of
@@ -169,6 +172,36 @@ def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: s
     with pytest.raises(RankFailure):
         ranks.run(1, unlooked_at, recipe)
     assert not harm.mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("common", "words"),
+    [
+        ([{"optimizer": {}}], ""),
+        ([{}], r"cannot be read \(it has no optimizer\)"),
+        (
+            Harm(Path("it-ran")),
+            r"cannot be read \(it holds more than tensors: .*mkdir.*nothing of it was run",
+        ),
+    ],
+)
+def test_what_later_versions_keep_beside_the_tensors_is_looked_at(
+    trained: Path, tmp_path: Path, common: Any, words: str
+) -> None:
+    directory = tmp_path / "saved"
+    shutil.copytree(trained / "straight/checkpoints/iter_0000005", directory)
+    (directory / "common.pt").unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save(common, content)
+    (directory / "more.distcp").write_bytes(content.getvalue())
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    place = _StorageInfo("more.distcp", 0, content.tell())
+    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = place
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused = pytest.raises(CheckpointError, match=rf"more\.distcp: {words}") if words else nullcontext()
+    with refused:
+        refuse_more_than_tensors(MetadataReader(directory))
 
 
 def unlooked_at(rank: int, world_size: int, recipe: Path) -> None:
