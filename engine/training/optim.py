@@ -13,7 +13,6 @@ from torch import Tensor
 
 from paralign.models.mcore import (
     DistributedDataParallel,
-    DistributedOptimizer,
     build_optimizer,
     clip_grad_by_total_norm_fp32,
 )
@@ -22,11 +21,10 @@ from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 from ..config.optimizer import OptimizerConfig
 from ..kernels.adamw import adamw_, clip_factor, squared_sum
 from ..parallel.layout import Layout
+from .state_pieces import MOMENTS, StateInPieces
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-class _StatePerParameter(DistributedOptimizer):
+class _StatePerParameter(StateInPieces):
     """Megatron's distributed optimizer over torch's AdamW, resumable.
 
     torch keeps `step` beside the moments of each parameter. On loading, megatron-core 0.16 gives all of them

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, ParalignError
 from paralign.models.mcore import (
-    ON_HOST,
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -26,9 +27,10 @@ from paralign.models.mcore import (
 
 from ..checkpoint import store
 from ..checkpoint.config import CheckpointConfig
+from ..checkpoint.dcpfile import StateReader
 from ..checkpoint.file_manifest import digest_directory, write_file_manifest
 from ..checkpoint.hf import Assets, arch_of, copy_assets
-from ..checkpoint.unpickle import MetadataReader, refuse_more_than_tensors, weights_only
+from ..checkpoint.unpickle import refuse_more_than_tensors, weights_only
 from .model import Model
 from .optim import Optimizer
 from .saving import Save
@@ -114,7 +116,9 @@ class NativeCheckpoints:
         request = dist_checkpointing.save(
             self._state(is_loading=False),
             str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1),
+            FullyParallelSaveStrategyWrapper(
+                TorchDistSaveShardedStrategy("torch_dist", 1), self._mesh.dp.group
+            ),
             async_sharded_save=True,
         )
         return Save(request, self._mesh, in_child=self._config.async_save, moved=moved)
@@ -173,11 +177,13 @@ class NativeCheckpoints:
             raise CheckpointError(
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
-        reader = MetadataReader(directory)
+        reader = StateReader(directory)
         refuse_more_than_tensors(reader)
         with weights_only():
             state = dist_checkpointing.load(
-                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy(reader)
+                self._state(is_loading=True),
+                str(directory),
+                FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(reader), self._mesh.dp.group),
             )
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])
@@ -191,8 +197,6 @@ class NativeCheckpoints:
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
-            # Gathers over gloo, a parameter at a time, where the plain way holds a stage's optimizer on the GPU.
-            "distrib_optim_fully_reshardable_mem_efficient": self._mesh.layout.dp > 1 and not ON_HOST,
             "dp_cp_group": self._mesh.dp.group,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
