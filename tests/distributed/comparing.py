@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from paralign.engine.observe.metrics import read_metrics
 
-OF_THE_MACHINE = {"step", "time", "tokens_per_second", "tflops_per_gpu", "peak_memory_gb"}
+OF_THE_MACHINE = {
+    *("step", "time", "tokens_per_second", "tflops_per_gpu", "peak_memory_gb", "slow_rank", "slow_rank_ratio")
+}
 
 
 def metrics_of(run_dir: Path) -> dict[tuple[int, str], float]:
