@@ -75,6 +75,23 @@ class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy
             filesystem_async._get_write_results_queue = theirs
 
 
+def staged(request: AsyncRequest) -> list[Any]:
+    """What a rank is to write, in the host's memory: a device's tensors copied to pinned memory, all at once.
+
+    torch keeps pinned memory for the next save. A child may share what is pinned with this process, so that tensors
+    which lie there already are copied as well.
+    """
+    buckets = [
+        (
+            path,
+            name,
+            (objects, [(item, value.clone() if value.is_pinned() else value) for item, value in tensors]),
+        )
+        for path, name, (objects, tensors) in request.async_fn_args[1]
+    ]
+    return filesystem_async.FileSystemWriterAsync.preload_tensors(buckets, non_blocking=True)
+
+
 def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
     """What megatron-core's writer does in a process of its own: one file, brought to the disk; its write results.
 

@@ -71,7 +71,9 @@ def test_another_number_of_copies_goes_on(trained: Path, ranks: RankPool) -> Non
     ranks.run(2, train_recipe, _resumed(trained, "one-copy", TP2))
     straight, resumed = metrics_of(trained / "straight"), metrics_of(trained / "one-copy")
     for key, value in resumed.items():
-        assert value == pytest.approx(straight[key], rel=2e-2), key  # gradients of bf16 add up in another order
+        assert value == pytest.approx(straight[key], rel=2e-2), (
+            key
+        )  # gradients of bf16 add up in another order
 
 
 def test_convert_takes_the_weights(trained: Path, tmp_path: Path) -> None:
