@@ -25,7 +25,7 @@ class StateBytes:
 def state_bytes(parameters: int, *, dp: int, weight: int) -> StateBytes:
     """For a rank that holds so many parameters, of `weight` bytes each, where `dp` copies of the model train.
 
-    A copy's parameters are divided evenly over the copies, but for what does not divide evenly: weights by the tensor.
+    Copies share the work evenly, but for what does not divide: weights are dealt out tensor by tensor.
     """
     share = parameters / dp
     return StateBytes(

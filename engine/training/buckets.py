@@ -70,6 +70,7 @@ def refuse_other_buckets(
     command = f"paralign train {shlex.quote(str(directory / recipe))} checkpoint.resume=auto --resave"
     raise CheckpointError(
         f"{directory}: was saved with checkpoint.layout: same, and goes on at that layout only: "
-        f"{', '.join(differing)}; `{command} --nproc {saved.get(_RANKS)}` writes it again so that any layout loads it (over several machines "
-        "`python -m paralign.engine.run` for `paralign train`, without --nproc), then start this run again"
+        f"{', '.join(differing)}; `{command} --nproc {saved.get(_RANKS)}` writes it again so that any layout loads "
+        "it (over several machines `python -m paralign.engine.run` for `paralign train`, without --nproc); then "
+        "start this run again"
     )
