@@ -187,7 +187,7 @@ class NativeCheckpoints:
             refuse_other_buckets(directory, RECIPE, progress.buckets, buckets_of(self._model))
         reader = StateReader(directory)
         refuse_more_than_tensors(reader)
-        with weights_only():
+        with weights_only(), _what_a_rank_found():
             state = dist_checkpointing.load(
                 self._state(is_loading=True, same=bool(progress.buckets)),
                 str(directory),
@@ -218,6 +218,16 @@ class NativeCheckpoints:
             state, is_loading=is_loading, metadata=metadata
         )
         return state
+
+
+@contextmanager
+def _what_a_rank_found() -> Iterator[None]:
+    """torch tells of an error on any rank by a BaseException with all of them; the first of them is raised."""
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise first from None
 
 
 def _differences(saved: Arch, ours: Arch) -> str:
