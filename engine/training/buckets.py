@@ -45,7 +45,7 @@ def buckets_of(model: Model) -> dict[str, Any]:
     of_ranks = set(mesh.gather(json.dumps([mesh.tp.rank, mesh.pp.rank, content])))  # copies say the same
     return {
         **{key: getattr(mesh.layout.config, key) for key in _KEYS},
-        "ddp_bucket_size": model.chunks[0].bucket_size,
+        "ddp_bucket_size": model.chunks[0].ddp_config.bucket_size,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
         _CONTENT: hashlib.sha256("".join(sorted(of_ranks)).encode()).hexdigest(),
         _RANKS: mesh.world_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,20 @@ def test_the_command_that_an_error_names_makes_it_go_on_anywhere(trained: Path, 
     straight = metrics_of(trained / "straight")
     for key, value in metrics_of(trained / "moved").items():
         assert value == pytest.approx(straight[key], rel=2e-2), key
+
+
+def asked_to_stop(rank: int, world_size: int, recipe: Path) -> None:
+    stop = Stop()
+    stop.signal = signal.SIGTERM
+    train(check(load(recipe), world_size), stop, local_rank=rank)
+
+
+def test_what_a_signal_saves_goes_on_anywhere(trained: Path, ranks: RankPool) -> None:
+    recipe = _resumed(trained, "stopped", TP2)
+    state = trained / "stopped/checkpoints/iter_0000005"
+    assert store.read_progress(state).buckets
+    ranks.run(4, asked_to_stop, recipe)
+    assert not store.read_progress(state).buckets
 
 
 @pytest.mark.slow
