@@ -1,7 +1,7 @@
 """Files of torch's distributed checkpoints: tensors read one at a time, and written one after another.
 
-Training saves and loads through megatron-core (training/state.py); this reads and writes the same files where there
-is no process group.
+Training saves and loads through megatron-core (training/state.py), which reads through `StateReader`; the rest reads
+and writes the same files where there is no process group.
 
 Each tensor is an archive of its own as `torch.save` makes it: a zip, not compressed, of a pickle that says
 dtype and shape, and of the bytes. `torch.load` and `torch.save` copy them several times, so it is read and

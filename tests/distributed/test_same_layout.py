@@ -68,9 +68,11 @@ def test_same_layout_is_equal_to_the_bit(trained: Path, ranks: RankPool) -> None
     assert_weights_equal(trained / "again/hf/final", trained / "straight/hf/final")
 
 
-def test_another_number_of_copies_goes_on(trained: Path, ranks: RankPool) -> None:
-    ranks.run(2, train_recipe, _resumed(trained, "one-copy", TP2))
-    straight, resumed = metrics_of(trained / "straight"), metrics_of(trained / "one-copy")
+@pytest.mark.parametrize("n_ranks", [2, 8])
+def test_another_number_of_copies_goes_on(trained: Path, n_ranks: int, ranks: RankPool) -> None:
+    name = f"on {n_ranks} ranks"
+    ranks.run(n_ranks, train_recipe, _resumed(trained, name, TP2))
+    straight, resumed = metrics_of(trained / "straight"), metrics_of(trained / name)
     for key, value in resumed.items():
         assert value == pytest.approx(straight[key], rel=2e-2), (
             key
