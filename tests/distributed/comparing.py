@@ -15,12 +15,12 @@ OF_THE_MACHINE = {
 
 
 def metrics_of(run_dir: Path) -> dict[tuple[int, str], float]:
-    """By step and name, less what depends on the machine."""
+    """By step and name, less what depends on the machine: speeds, and that a rank is slow."""
     return {
         (line["step"], name): value
         for line in read_metrics(run_dir)
         for name, value in line.items()
-        if name not in OF_THE_MACHINE
+        if name not in OF_THE_MACHINE and not (name == "note" and " is slow: " in value)
     }
 
 
