@@ -65,10 +65,7 @@ def _measure(folder: Path, hidden: int, layers: int, repeats: int) -> tuple[dict
 
         nothing = FileDigest(0, "")
         for _ in range(repeats):
-            with (
-                patch("paralign.engine.training.saving.digest_file", return_value=nothing),
-                patch("paralign.engine.training.state.digest_file", return_value=nothing),
-            ):
+            with patch("paralign.engine.training.saving.digest_file", return_value=nothing):
                 found["save, no digests"].append(_seconds(save))
             found["save"].append(_seconds(save))
             found["read through"].append(_seconds(lambda: broken(directory, mesh)))

@@ -80,6 +80,12 @@ def train(
         int | None,
         typer.Option(min=0, help="Train nothing; show what each pack of this step does alone."),
     ] = None,
+    resave: Annotated[
+        bool,
+        typer.Option(
+            "--resave", help="Train nothing; write the newest checkpoint again, so that any layout loads it."
+        ),
+    ] = False,
 ) -> None:
     """Check a recipe, then train it on this machine.
 
@@ -89,7 +95,7 @@ def train(
     from .processes.launch import rank_environment, run_local
     from .processes.stop import Stop
     from .run.check import check
-    from .run.rank import REPLAY
+    from .run.rank import REPLAY, RESAVE
     from .run.recipe import load
 
     world_size = rank_environment().world_size
@@ -104,7 +110,7 @@ def train(
     # Bad input ends here, before any rank starts, and the data is tokenised once.
     with Stop():
         report = check(loaded, nproc or _gpus(), progress=True)
-    again = [] if replay_step is None else [f"{REPLAY}{replay_step}"]
+    again = [RESAVE] if resave else [] if replay_step is None else [f"{REPLAY}{replay_step}"]
     raise typer.Exit(run_local(recipe, [*(overrides or ()), *again], report.layout.world_size))
 
 

@@ -28,9 +28,15 @@ with warnings.catch_warnings():
     from megatron.core import __version__ as VERSION
     from megatron.core import dist_checkpointing, optimizer, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -94,6 +100,23 @@ class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy
             return super().async_save(
                 sharded_state_dict, checkpoint_dir, *(["mcore"] if names_a_writer else [])
             )
+
+
+def staged(request: AsyncRequest) -> list[Any]:
+    """What a rank is to write, in the host's memory: a device's tensors copied to pinned memory, all at once.
+
+    torch keeps pinned memory for the next save. A child may share what is pinned with this process, so that tensors
+    which lie there already are copied as well.
+    """
+    buckets = [
+        (
+            path,
+            name,
+            (objects, [(item, value.clone() if value.is_pinned() else value) for item, value in tensors]),
+        )
+        for path, name, (objects, tensors) in request.async_fn_args[1]
+    ]
+    return filesystem_async.FileSystemWriterAsync.preload_tensors(buckets, non_blocking=True)
 
 
 def write_bucket(transforms: list[Any], number: int, bucket: Any) -> list[Any]:

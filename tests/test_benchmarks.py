@@ -47,3 +47,15 @@ def test_kernels_beside_their_peers(tmp_path: Path) -> None:
         *("RMSNorm", "add + RMSNorm", "SwiGLU", "RoPE", "clip + AdamW", "head", "weight gradient")
     }
     assert (tmp_path / "kernels.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_saves_and_loads_beside_torchs(tmp_path: Path) -> None:
+    small = {"nproc": 2, "tp": 1, "hidden": 128, "layers": 1, "vocabulary": 256, "repeats": 1}
+    options = [text for name, value in small.items() for text in (f"--{name}", str(value))]
+    facts = run("checkpoint.py", tmp_path / "checkpoint.json", *options)
+    ways = [f"{layout}, {how}" for layout in ("any", "same") for how in ("sync", "load", "async")]
+    gathered = [f"any, megatron-core's gather, {how}" for how in ("async", "load")]
+    assert set(facts["results"]) == {*ways, *gathered, "dcp.save", "dcp.async_save", "dcp.load"}
+    for figures in facts["results"].values():
+        assert 0 < figures["blocked"] <= figures["all"]

@@ -1,7 +1,7 @@
 """Files of torch's distributed checkpoints: tensors read one at a time, and written one after another.
 
-Training saves and loads through megatron-core (training/state.py); this reads and writes the same files where there
-is no process group.
+Training saves and loads through megatron-core (training/state.py), which reads through `StateReader`; the rest reads
+and writes the same files where there is no process group.
 
 Each tensor is an archive of its own as `torch.save` makes it: a zip, not compressed, of a pickle that says
 dtype and shape, and of the bytes. `torch.load` and `torch.save` copy them several times, so it is read and
@@ -16,12 +16,13 @@ import pickle
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -30,15 +31,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType
+from torch.futures import Future
 
 from paralign.models.errors import CheckpointError
 from paralign.models.weights import Shape, Views, in_blocks
 
+from ..files.stretch import read_stretch
 from ..files.whole_file import write_whole
 from .rawfile import MappedBytes, MappedFiles, WriteBehind, lightly, raw
 from .tensor_digest import refuse_other
-from .unpickle import METADATA, Names, Restricted, inert, read_metadata, unreadable
+from .unpickle import METADATA, MetadataReader, Names, Restricted, inert, read_metadata, unreadable
 
+AT_ONCE = 2**24  # bytes of a tensor in the host's memory while it is loaded
 ALIGNMENT = 64  # of a tensor's bytes within its archive, as torch has it
 
 
@@ -94,13 +99,9 @@ class CheckpointFiles:
         stored = self.stored[name]
         whole = None
         for chunk in stored.chunks:
-            piece = self._piece(name, self._storage[MetadataIndex(name, chunk.offsets)])
-            found, said = (tuple(piece.shape), piece.dtype), (tuple(chunk.sizes), stored.properties.dtype)
-            if found != said:
-                raise CheckpointError(
-                    f"{self._directory}: {name}: a piece of {found[0]}, {found[1]}, where {METADATA} says {said[0]}, "
-                    f"{said[1]}; copy the checkpoint again"
-                )
+            item = self._storage[MetadataIndex(name, chunk.offsets)]
+            piece = self._piece(name, item)
+            refuse_other_piece(self._directory / item.relative_path, name, piece, chunk.sizes, stored)
             if tuple(piece.shape) == tuple(stored.size):
                 return piece
             if whole is None:
@@ -153,27 +154,8 @@ class CheckpointFiles:
             raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
 
     def _record(self, name: str, item: Any) -> _Record:
-        path = self._directory / item.relative_path
         self._files.check()
-        try:
-            with path.open("rb") as file, zipfile.ZipFile(_View(file, item.offset, item.length)) as archive:
-                pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-                plan = _TensorPlan.load(archive.read(pickled))
-                info = archive.getinfo(pickled.replace("data.pkl", f"data/{plan.storage}"))
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise pickle.UnpicklingError("it is compressed")
-                header = item.offset + info.header_offset
-                file.seek(header + 26)
-                lengths = file.read(
-                    4
-                )  # of the name, two bytes, and of the extra: the archive's end has others
-            skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            start = header + 30 + skipped
-            if start + info.file_size > item.offset + item.length:
-                raise pickle.UnpicklingError("it is cut off")
-            return _Record(plan, start, info.file_size, info.CRC)
-        except Exception as error:  # of a file that is not one, anything
-            raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
+        return record_at(self._directory / item.relative_path, name, item)
 
 
 class _Record(NamedTuple):
@@ -183,6 +165,99 @@ class _Record(NamedTuple):
     start: int
     length: int
     crc32: int
+
+
+def refuse_other_piece(path: Path, name: str, found: Any, sizes: torch.Size, stored: Any) -> None:
+    """Raises CheckpointError where a piece, as a tensor or a plan, is not the one that `.metadata` tells of."""
+    piece, said = (tuple(found.shape), found.dtype), (tuple(sizes), stored.properties.dtype)
+    if piece != said:
+        raise CheckpointError(
+            f"{path}: {name}: a piece of {piece[0]}, {piece[1]}, where {METADATA} says {said[0]}, {said[1]}; copy "
+            "the checkpoint again"
+        )
+
+
+def record_at(path: Path, name: str, item: Any) -> _Record:
+    """Where the bytes of a stored piece lie; raises CheckpointError where it is not as torch.save writes it."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(_View(file, item.offset, item.length)) as archive:
+            pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+            plan = _TensorPlan.load(archive.read(pickled))
+            info = archive.getinfo(pickled.replace("data.pkl", f"data/{plan.storage}"))
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError("it is compressed")
+            header = item.offset + info.header_offset
+            file.seek(header + 26)
+            lengths = file.read(4)  # of the name, two bytes, and of the extra: the archive's end has others
+        skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        start = header + 30 + skipped
+        if start + info.file_size > item.offset + item.length:
+            raise pickle.UnpicklingError("it is cut off")
+        return _Record(plan, start, info.file_size, info.CRC)
+    except Exception as error:  # of a file that is not one, anything
+        raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
+
+
+class StateReader(MetadataReader):
+    """Reads what a rank loads of a training state: of each stored piece no rows but those that are asked for.
+
+    torch's own reader unpickles whole pieces. Here no tensor is unpickled, and the host holds 16 MiB of one.
+
+    Attributes:
+        n_bytes: of tensors, read so far.
+    """
+
+    n_bytes = 0
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """See torch; raises CheckpointError where a file is damaged."""
+        for wanted in plan.items:
+            index = wanted.storage_index
+            item = self.storage_data[index]
+            path = Path(self.path) / item.relative_path
+            if wanted.type is LoadItemType.BYTE_IO:
+                with path.open("rb") as file:
+                    file.seek(item.offset)
+                    planner.load_bytes(wanted, io.BytesIO(file.read(item.length)))
+                continue
+            target = planner.resolve_tensor(wanted).detach()
+            record = record_at(path, index.fqn, item)
+            stored = self.read_metadata().state_dict_metadata[index.fqn]
+            sizes = next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
+            refuse_other_piece(path, index.fqn, record.plan, sizes, stored)
+            try:
+                self._fill(target, path, record, wanted.storage_offsets)
+            except (
+                EOFError,
+                ArithmeticError,
+                RuntimeError,
+            ) as error:  # of a plan that does not fit its bytes
+                raise unreadable(
+                    f"{path}: {index.fqn}: not a tensor as torch.save writes it", error
+                ) from None
+            planner.commit_tensor(wanted, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _fill(self, target: Tensor, path: Path, record: _Record, offsets: Sequence[int]) -> None:
+        """Fills `target` with the box of a stored tensor that begins at `offsets`, some rows at a time."""
+        if not target.numel():
+            return
+        itemsize, strides = record.plan.dtype.itemsize, record.plan.stride or (1,)
+        first = record.plan.first + sum(offset * stride for offset, stride in zip(offsets, strides))
+        rows = target if target.dim() else target.view(1)
+        width = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape[1:], strides[1:]))
+        with path.open("rb", buffering=0) as file:
+            for block in rows.split(max(1, AT_ONCE // (strides[0] * itemsize))):
+                n_elements = (len(block) - 1) * strides[0] + width
+                held = torch.empty(n_elements, dtype=record.plan.dtype, pin_memory=block.is_cuda)
+                n_read = read_stretch(file.fileno(), raw(held), record.start + first * itemsize)
+                if n_read < held.nbytes or first + n_elements > record.length // itemsize:
+                    raise EOFError("it is cut off")
+                block.copy_(held.as_strided(block.shape, strides))
+                first += len(block) * strides[0]
+                self.n_bytes += n_read
 
 
 class CheckpointFileWriter:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from paralign.models.errors import CheckpointError
 
@@ -39,6 +40,7 @@ class Progress:
         metrics: of the last evaluation.
         manifest: the checkpoint has a manifest of its files; those of older versions have none.
         window: what spikes are told by, see `observe/spikes.py`.
+        buckets: of a state that goes on at one layout only: what it was saved at, see `training/buckets.py`.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     manifest: bool = False
     window: Sequence[Sequence[float]] = field(default_factory=list)
+    buckets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def directory_of(root: Path, step: int) -> Path:

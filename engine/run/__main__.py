@@ -1,6 +1,6 @@
 """A rank as torchrun and srun start it. Signals are heard before torch is imported.
 
-torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [--replay-step=N] [key.sub=value …]
+torchrun --nproc_per_node 8 … -m paralign.engine.run RECIPE [--replay-step=N | --resave] [key.sub=value …]
 """
 
 import os

@@ -331,6 +331,33 @@ def build_checkpoints(
     )
 
 
+def write_again(report: CheckReport, mesh: Mesh) -> Path:
+    """Write the newest checkpoint of a run again, so that it goes on at any layout. Collective.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        CheckpointError: there is none, or it was saved at another layout than this one.
+    """
+    recipe = report.recipe
+    root = recipe.run_dir / "checkpoints"
+    found = newest_whole(root, mesh, at_most=None, set_aside=False)
+    if (newest := found.newest) is None:
+        raise CheckpointError(
+            f"{root}: has no checkpoint to write again; expected the recipe of a run with one"
+        )
+    model = Model.open(report.arch, mesh, recipe.model, weights_to_start_from(recipe, report.arch, mesh))
+    optimizer = build_learner(report, model).optimizer
+    assets = assets_to_hand_on(report)
+    checkpoints = NativeCheckpoints(
+        root, recipe.checkpoint, model, optimizer, assets=assets, recipe=dump(recipe)
+    )
+    checkpoints.save(checkpoints.load(newest), lambda: None, last=True)
+    checkpoints.finish()
+    return newest
+
+
 def _refuse_unless_equal(fingerprint: str, mesh: Mesh) -> None:
     """Raises TrainingError where ranks would train on other samples than rank 0. Collective."""
     if len(set(mesh.gather(fingerprint))) > 1:

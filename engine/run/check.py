@@ -24,6 +24,7 @@ from ..checkpoint import store
 from ..checkpoint.file_manifest import broken_files
 from ..checkpoint.hf import arch_of
 from ..checkpoint.source import open_source
+from ..checkpoint.state_bytes import state_bytes
 from ..columns.sources import BASELINE, DATA, REFERENCE, Source, in_order
 from ..config.decoding import some_of
 from ..config.optimizer import warmup_steps
@@ -78,9 +79,10 @@ class CheckReport:
 
     @property
     def save_seconds(self) -> float:
-        """What a checkpoint takes at `SAVE_BYTES_PER_SECOND`: a copy of the model writes, each rank its part."""
-        each = 2 + 12 if self.recipe.model.dtype == "bf16" else 4 + 8
-        return self.parameters_per_rank * each / SAVE_BYTES_PER_SECOND
+        """What a checkpoint takes at `SAVE_BYTES_PER_SECOND`, each rank writing its part."""
+        weight = 2 if self.recipe.model.dtype == "bf16" else 4
+        written = state_bytes(self.parameters_per_rank, dp=self.layout.dp, weight=weight).disk
+        return written / SAVE_BYTES_PER_SECOND
 
     @property
     def state_bytes_per_rank(self) -> float:

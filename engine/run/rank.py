@@ -25,7 +25,7 @@ from ..processes.variables import check_interface, set_before_cuda
 from .check import CheckReport, check
 from .recipe import Recipe, load
 
-REPLAY = "--replay-step="
+REPLAY, RESAVE = "--replay-step=", "--resave"
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
     """Train as this process's rank.
 
     Args:
-        arguments: a recipe, keys to set, and perhaps `--replay-step=N`.
+        arguments: a recipe, keys to set, and perhaps `--replay-step=N` or `--resave`.
 
     Returns:
         The exit code: 0; 2 for an error that the user can mend; `EXIT_STOPPED` if a signal ended the run and it
@@ -45,8 +45,11 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
     world_store: list[Any] = []  # filled once the ranks have met
     try:
         replay_step, others = replay_step_of(arguments)
+        resave, others = RESAVE in others, [other for other in others if other != RESAVE]
         if not others:
-            raise RecipeError("no recipe given; expected RECIPE [--replay-step=N] [key.sub=value …]")
+            raise RecipeError(
+                "no recipe given; expected RECIPE [--replay-step=N | --resave] [key.sub=value …]"
+            )
         recipe = load(Path(others[0]), others[1:])
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
         layout = resolve(
@@ -60,7 +63,7 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
         remark = set_before_cuda(env.rank, recipe.run_dir, tensor_parallel=layout.tp > 1)
         if remark and env.rank == 0:
             print(remark, file=sys.stderr, flush=True)
-        whole = meet_and_train(recipe, env, world_store, stop, replay_step)
+        whole = meet_and_train(recipe, env, world_store, stop, replay_step, resave=resave)
     except Exception as raised:
         error = told(raised)
         mendable, asked_before = isinstance(error, ParalignError), stop.asked
@@ -97,7 +100,13 @@ def replay_step_of(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def meet_and_train(
-    recipe: Recipe, env: RankEnv, world_store: list[Any], stop: Stop, replay_step: int | None = None
+    recipe: Recipe,
+    env: RankEnv,
+    world_store: list[Any],
+    stop: Stop,
+    replay_step: int | None = None,
+    *,
+    resave: bool = False,
 ) -> bool:
     """Join the other ranks, check the recipe on all of them, train; see `train`."""
     known_warnings.ignore()
@@ -114,21 +123,29 @@ def meet_and_train(
         with _rank_0_first(env, opened):
             # One rank of each machine checks what is on disk: all would read it again and again.
             report = check(recipe, env.world_size, progress=env.rank == 0, verify=env.local_rank == 0)
-        return train(report, stop, local_rank=env.local_rank, replay_step=replay_step)
+        return train(report, stop, local_rank=env.local_rank, replay_step=replay_step, resave=resave)
 
 
-def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int | None = None) -> bool:
+def train(
+    report: CheckReport,
+    stop: Stop,
+    *,
+    local_rank: int,
+    replay_step: int | None = None,
+    resave: bool = False,
+) -> bool:
     """Train a checked recipe in an open world, from its newest checkpoint if it has one.
 
     Args:
         stop: asked at each step.
         replay_step: look at this step only, and write nothing of the run's own; see replay.py.
+        resave: train nothing; write the newest checkpoint again, so that any layout loads it.
 
     Returns:
         Whether the run came to its end.
     """
     from ..parallel.mesh import open_mesh
-    from .assemble import build_trainer
+    from .assemble import build_trainer, write_again
 
     recipe = report.recipe
     if replay_step is not None and replay_step >= report.total_steps:
@@ -142,6 +159,12 @@ def train(report: CheckReport, stop: Stop, *, local_rank: int, replay_step: int 
         open_mesh(report.layout, local_rank=local_rank, seed=recipe.train.seed) as mesh,
         locked(recipe.run_dir) if mesh.is_main and replay_step is None else nullcontext(),
     ):
+        if resave:
+            directory = write_again(report, mesh)
+            if mesh.is_main:
+                print(f"{directory}: written again; any layout loads it", flush=True)
+            mesh.barrier()
+            return True
         trainer = build_trainer(report, mesh, stop, replay_step)
         if replay_step is not None:
             _replay(trainer, replay_step, recipe.run_dir)

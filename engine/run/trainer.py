@@ -81,7 +81,7 @@ class Trainer:
         with closing(self.train.in_turn(steps)) as batches:
             for step in steps:
                 if self.watch.stop_agreed():
-                    self.save(step, measured)
+                    self.save(step, measured, last=True)
                     self.checkpoints.finish()
                     return False
                 if _due(course.evaluate, step):
@@ -105,7 +105,7 @@ class Trainer:
         if course.evaluate:
             measured = self.evaluate(course.total_steps)
         if self.checkpoints.saves and course.first_step < course.total_steps:
-            self.save(course.total_steps, measured)
+            self.save(course.total_steps, measured, last=True)
         self.checkpoints.finish()
         self.write_weights("final", course.total_steps)
         return True
@@ -149,7 +149,7 @@ class Trainer:
         if verdict.action == "skip":
             return False
         log.log(step, {**values, "skipped": 1.0})  # for --replay-step to compare with
-        self.save(step, {})
+        self.save(step, {}, last=True)
         self._end(f"{message}; {verdict.why_stop}--replay-step {step} says where the fault is")
 
     def _end(self, message: str) -> NoReturn:
@@ -202,13 +202,12 @@ class Trainer:
                 self.generations.write(step)
         return values
 
-    def save(self, done: int, measured: Mapping[str, float]) -> None:
-        """Save the state after `done` steps; not one with weights that are not finite."""
+    def save(self, done: int, measured: Mapping[str, float], *, last: bool = False) -> None:
+        """Save the state after `done` steps, the `last` of this run; not one with weights that are not finite."""
         with self.watch.aside("saving a checkpoint", done):
             self._refuse_unsound(done)
-            self.checkpoints.save(
-                Progress(done, self.train.fingerprint, measured, window=self.judge.window), self.watch.moved
-            )
+            progress = Progress(done, self.train.fingerprint, measured, window=self.judge.window)
+            self.checkpoints.save(progress, self.watch.moved, last=last)
 
     def write_weights(self, name: str, done: int) -> None:
         """Export the model as it is after `done` steps; not one with weights that are not finite."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from paralign.models.mcore import (
     DistributedDataParallel,
-    DistributedOptimizer,
     build_optimizer,
     clip_grad_by_total_norm_fp32,
     gradients_for_norm,
@@ -23,11 +22,10 @@ from paralign.models.mcore import OptimizerConfig as MegatronOptimizerConfig
 from ..config.optimizer import OptimizerConfig
 from ..kernels.adamw import adamw_, clip_factor, squared_sum
 from ..parallel.layout import Layout
+from .state_pieces import MOMENTS, StateInPieces
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-class _StatePerParameter(DistributedOptimizer):
+class _StatePerParameter(StateInPieces):
     """Megatron's distributed optimizer over torch's AdamW, resumable.
 
     torch keeps `step` beside the moments of each parameter. On loading, megatron-core (to 0.19 at least) gives all
@@ -81,15 +79,19 @@ class FusedAdamW(torch.optim.AdamW):
     model_shards: dict[Tensor, Tensor]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's own, which takes state to the parameter's device; here it stays where it was made."""
+        """torch's own, which takes state to the parameter's device; moments stay where they were made."""
         homes = {
             parameter: {name: state[name] for name in MOMENTS} for parameter, state in self.state.items()
         }
-        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        others = {number: dict(state) for number, state in state_dict["state"].items()}
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, moment in homes.get(parameter, {}).items():
+                moment.copy_(others[number].pop(name))
+        super().load_state_dict({**state_dict, "state": others})
         for parameter, home in homes.items():
-            for name, moment in home.items():
-                moment.copy_(self.state[parameter][name])
-                self.state[parameter][name] = moment
+            self.state[parameter] |= home
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paralign.models.errors import CheckpointError
-from paralign.models.mcore import AsyncRequest, write_bucket
+from paralign.models.mcore import AsyncRequest, staged, write_bucket
 
 from ..checkpoint.file_manifest import digest_file
 from ..checkpoint.manifest import FileDigest
@@ -51,9 +51,10 @@ class Save:
         self._failure = ""
         self._writer: Child[Written] | InThread[Written] | None = None
         self._paths: list[str] = []
+        self._held: list[Any] = []  # to the end: memory that is pinned may be shared with the child
         if request.async_fn is None:  # nothing here that no other rank writes
             return
-        buckets = request.preload_fn()
+        self._held = buckets = staged(request)
         transforms, _ = request.async_fn.args
         self._paths = [path for path, _, _ in buckets]
 

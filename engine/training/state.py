@@ -1,4 +1,4 @@
-"""Training state through megatron-core's sharded checkpoints: any layout saves, any layout loads.
+"""Training state through megatron-core's sharded checkpoints: any layout saves, any layout loads, if it is to.
 
 It appears whole or not at all; where checkpoints lie stands in store.py.
 """
@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from paralign.models.arch import Arch
 from paralign.models.errors import CheckpointError, ParalignError
 from paralign.models.mcore import (
-    ON_HOST,
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
@@ -27,9 +28,11 @@ from paralign.models.mcore import (
 
 from ..checkpoint import store
 from ..checkpoint.config import CheckpointConfig
+from ..checkpoint.dcpfile import StateReader
 from ..checkpoint.file_manifest import digest_directory, write_file_manifest
 from ..checkpoint.hf import Assets, arch_of, copy_assets
-from ..checkpoint.unpickle import MetadataReader, refuse_more_than_tensors, weights_only
+from ..checkpoint.unpickle import refuse_more_than_tensors, weights_only
+from .buckets import buckets_of, refuse_other_buckets
 from .model import Model
 from .optim import Optimizer
 from .saving import Save
@@ -82,13 +85,14 @@ class NativeCheckpoints:
             return True
         return bool(minutes and self._mesh.largest(time.monotonic() - self._saved_at >= 60 * minutes))
 
-    def save(self, progress: store.Progress, moved: Callable[[], None]) -> None:
+    def save(self, progress: store.Progress, moved: Callable[[], None], *, last: bool = False) -> None:
         """Write the state after `progress.step` steps; with `async_save` a child of each rank does the writing.
 
         Collective over all ranks.
 
         Args:
             moved: called while the writing comes further and is waited for.
+            last: the run may not go on at this layout; whatever the recipe says, any will do.
 
         Raises:
             CheckpointError: it cannot be written, as on a full disk; older checkpoints stay as they are.
@@ -96,6 +100,8 @@ class NativeCheckpoints:
         self.finish()
         self._saved_at = time.monotonic()
         directory = store.directory_of(self.root, progress.step)
+        same = self._config.layout == "same" and not last
+        progress = replace(progress, manifest=True, buckets=buckets_of(self._model) if same else {})
         with self._naming(directory):
             self._pending = directory, self._begin(directory, progress, moved)
         if not self._config.async_save:
@@ -107,15 +113,17 @@ class NativeCheckpoints:
             store.sweep(self.root)
             partial.mkdir(parents=True)
             (partial / RECIPE).write_text(self._recipe, encoding="utf-8")
-            store.write_progress(partial, replace(progress, manifest=True))
+            store.write_progress(partial, progress)
             dtype = str(self._model.config.params_dtype).removeprefix("torch.")
             copy_assets(self._assets, partial / ASSETS, dtype=dtype)
         self._mesh.barrier()
         self._model.synchronize()
         request = dist_checkpointing.save(
-            self._state(is_loading=False),
+            self._state(is_loading=False, same=bool(progress.buckets)),
             str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1),
+            FullyParallelSaveStrategyWrapper(
+                TorchDistSaveShardedStrategy("torch_dist", 1), self._mesh.dp.group
+            ),
             async_sharded_save=True,
         )
         return Save(request, self._mesh, in_child=self._config.async_save, moved=moved)
@@ -167,33 +175,37 @@ class NativeCheckpoints:
         """Fill model and optimizer from a checkpoint, whatever layout wrote it. Collective.
 
         Raises:
-            CheckpointError: it is of another model or a later megatron-core, or holds more than tensors.
+            CheckpointError: it is of another model or a later megatron-core, or holds more than tensors; or it goes
+                on at one layout only, and this is another.
         """
         saved = arch_of(directory / ASSETS)
         if differing := _differences(saved, self._model.arch):
             raise CheckpointError(
                 f"{directory}: a checkpoint of another model: {differing}; choose another run_dir"
             )
-        reader = MetadataReader(directory)
+        progress = self._mesh.from_main(lambda: store.read_progress(directory))
+        if progress.buckets:
+            refuse_other_buckets(directory, RECIPE, progress.buckets, buckets_of(self._model))
+        reader = StateReader(directory)
         refuse_more_than_tensors(reader)
-        with weights_only(), read_through(reader):
+        with weights_only(), read_through(reader), _what_a_rank_found():
             state = dist_checkpointing.load(
-                self._state(is_loading=True), str(directory), TorchDistLoadShardedStrategy()
+                self._state(is_loading=True, same=bool(progress.buckets)),
+                str(directory),
+                FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), self._mesh.dp.group),
             )
         for key, module in self._keyed_modules():
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
-        return self._mesh.from_main(lambda: store.read_progress(directory))
+        return progress
 
     def _keyed_modules(self) -> list[tuple[str, Any]]:
         modules = self._model.modules
         return [("model" if len(modules) == 1 else f"model{i}", module) for i, module in enumerate(modules)]
 
-    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+    def _state(self, *, is_loading: bool, same: bool) -> dict[str, Any]:
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            # Gathers over gloo, a parameter at a time, where the plain way holds a stage's optimizer on the GPU.
-            "distrib_optim_fully_reshardable_mem_efficient": self._mesh.layout.dp > 1 and not ON_HOST,
+            "distrib_optim_sharding_type": "dp_reshardable" if same else "fully_reshardable",
             "dp_cp_group": self._mesh.dp.group,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
@@ -207,6 +219,16 @@ class NativeCheckpoints:
             state, is_loading=is_loading, metadata=metadata
         )
         return state
+
+
+@contextmanager
+def _what_a_rank_found() -> Iterator[None]:
+    """torch tells of an error on any rank by a BaseException with all of them; the first of them is raised."""
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise first from None
 
 
 def _differences(saved: Arch, ours: Arch) -> str:

@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from paralign.engine.observe.metrics import read_metrics
 
 OF_THE_MACHINE = {
-    *("step", "time", "tokens_per_second", "tflops_per_gpu", "peak_memory_gb", "peak_reserved_memory_gb")
+    *("step", "time", "tokens_per_second", "tflops_per_gpu", "peak_memory_gb", "peak_reserved_memory_gb"),
+    *("slow_rank", "slow_rank_ratio"),
 }
 
 
 def metrics_of(run_dir: Path) -> dict[tuple[int, str], float]:
-    """By step and name, less what depends on the machine."""
+    """By step and name, less what depends on the machine: speeds, and that a rank is slow."""
     return {
         (line["step"], name): value
         for line in read_metrics(run_dir)
         for name, value in line.items()
-        if name not in OF_THE_MACHINE
+        if name not in OF_THE_MACHINE and not (name == "note" and " is slow: " in value)
     }
 
 

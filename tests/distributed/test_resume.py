@@ -70,6 +70,20 @@ def test_same_layout_is_equal_to_the_bit(trained: Path, async_save: bool, ranks:
     assert_weights_equal(trained / name / "hf/final", trained / "straight/hf/final")
 
 
+def test_two_copies_in_bf16_are_equal_to_the_bit(trained: Path, ranks: RankPool) -> None:
+    """Each has a part of the fp32 weights, and writes it in the background."""
+    settings: dict[str, Any] = {"model__dtype": "bf16", "checkpoint__async_save": True}
+    overlapped = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 20000}
+    recipe = write_recipe(trained, "bf16", overlapped, **settings)
+    ranks.run(2, train_recipe, recipe)
+    straight = metrics_of(trained / "bf16")
+    shutil.move(trained / "bf16/hf/final", trained / "bf16-final")
+    shutil.rmtree(trained / "bf16/checkpoints/iter_0000010")
+    ranks.run(2, train_recipe, recipe)
+    assert metrics_of(trained / "bf16") == straight
+    assert_weights_equal(trained / "bf16/hf/final", trained / "bf16-final")
+
+
 @pytest.mark.parametrize("layout", list(OTHERS))
 def test_another_layout_goes_on_alike(trained: Path, layout: str, ranks: RankPool) -> None:
     world_size, keys = OTHERS[layout]
@@ -139,6 +153,18 @@ def test_a_damaged_checkpoint_is_called_that(
     (directory / file).write_bytes(content)
     with pytest.raises(RankFailure, match=rf"{file}: cannot be read \(.*\); copy the checkpoint again"):
         ranks.run(1, train_recipe, write_recipe(trained, name, {}))
+
+
+def test_a_cut_file_without_checksums_is_called_that(trained: Path, ranks: RankPool) -> None:
+    _copy_first_checkpoint(trained, "cut")
+    directory = trained / "cut/checkpoints/iter_0000005"
+    forget_checksums(directory)
+    path = directory / "__3_0.distcp"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(
+        RankFailure, match=r"__3_0.distcp: \S+: not a tensor as torch.save writes it .*copy the"
+    ):
+        ranks.run(2, train_recipe, write_recipe(trained, "cut", {"tensor_model_parallel_size": 2}))
 
 
 def _point_an_object_to(directory: Path, file: str, n_bytes: int) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from paralign.models import parameter_count
 from paralign.models.arch import Arch
 
+from ...checkpoint.state_bytes import state_bytes
 from ...parallel.mesh import Mesh
 from . import device, disk, host, links
 from .verdict import Finding, Rank, judge
@@ -34,9 +35,9 @@ def examine(mesh: Mesh, run_dir: Path, local_rank: int, room: int) -> tuple[list
 
 
 def bytes_of_a_save(arch: Arch, *, trained_in_bf16: bool) -> int:
-    """Of a checkpoint (weights, and the two moments and in bf16 the weights again in fp32) and an export."""
+    """Of a checkpoint and an export."""
     weight = 2 if trained_in_bf16 else 4
-    return parameter_count(arch) * (weight + (12 if trained_in_bf16 else 8) + weight)
+    return int(parameter_count(arch) * weight + state_bytes(parameter_count(arch), dp=1, weight=weight).disk)
 
 
 def table(ranks: Sequence[Rank]) -> Table:

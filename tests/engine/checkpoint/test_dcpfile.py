@@ -16,7 +16,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from paralign.engine.checkpoint.dcpfile import CheckpointFiles, CheckpointFileWriter, write_metadata
+from paralign.engine.checkpoint import dcpfile
+from paralign.engine.checkpoint.dcpfile import (
+    CheckpointFiles,
+    CheckpointFileWriter,
+    StateReader,
+    write_metadata,
+)
 from paralign.models.errors import CheckpointError, WeightsError
 from paralign.models.weights import bit_equal
 
@@ -193,3 +199,90 @@ def test_parts_that_are_not_the_tensor_are_a_fault(tmp_path):
         writer.write("a", (3,), torch.float32, [torch.zeros(2)])
     with pytest.raises(ValueError, match=r"b is torch.float16, the file torch.float32"):
         writer.write("b", (2,), torch.float32, [torch.zeros(2).half()])
+
+
+def load(directory, targets):
+    """What a rank loads of a training state; how many bytes of tensors it read."""
+    reader = StateReader(directory)
+    try:
+        dcp.load(targets, storage_reader=reader, no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise error.failures[0][0] from None
+    return reader.n_bytes
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 2**24])
+def test_a_training_state_is_read_as_torch_reads_it(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(dcpfile, "AT_ONCE", at_once)
+    saved = {
+        "matrix": torch.randn(6, 4),
+        "vector": torch.randn(70).bfloat16(),
+        "cube": torch.randn(4, 3, 2),
+        "scalar": torch.tensor(3.0),
+    }
+    n_bytes = sum(tensor.nbytes for tensor in saved.values())
+    dcp.save({**saved, "turned": torch.arange(15.0).view(5, 3).t()}, checkpoint_id=tmp_path, no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    assert load(tmp_path, found) == n_bytes
+    turned = torch.zeros(3, 5)
+    load(tmp_path, {"turned": turned})
+    assert torch.equal(turned, torch.arange(15.0).view(5, 3).t())
+    assert all(bit_equal(found[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("box", "n_read"),
+    [
+        ((slice(2, 5), slice(None)), 3 * 8),
+        ((slice(3, 4), slice(2, 7)), 5),
+        ((slice(1, 3), slice(6, 8)), 8 + 2),  # from the first of them to the last
+    ],
+)
+def test_no_more_than_the_rows_that_are_asked_for_is_read(tmp_path, box, n_read):
+    saved = torch.arange(48, dtype=torch.float32).view(6, 8)
+    write(tmp_path, {"a": saved})
+    wanted = saved[box]
+    reader = StateReader(tmp_path)
+    target = torch.zeros(wanted.shape)
+    (index,) = reader.read_metadata().storage_data
+    item = dcp.planner.ReadItem(
+        type=dcpfile.LoadItemType.TENSOR,
+        dest_index=index,
+        dest_offsets=torch.Size([0, 0]),
+        storage_index=index,
+        storage_offsets=torch.Size([part.start or 0 for part in box]),
+        lengths=wanted.shape,
+    )
+    planner = dcp.DefaultLoadPlanner()
+    planner.resolve_tensor, planner.commit_tensor = lambda _: target, lambda *_: None
+    reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    reader.read_data(dcp.LoadPlan([item]), planner).wait()
+    assert torch.equal(target, wanted)
+    assert reader.n_bytes == 4 * n_read
+
+
+def test_a_damaged_training_state_is_called_that(tmp_path):
+    stretches = write(tmp_path, {"a": torch.randn(6, 8), "b": torch.randn(3)})
+    path = tmp_path / "__0_0.distcp"
+    whole = path.read_bytes()
+    targets = {"a": torch.zeros(6, 8)}
+    for damaged in (whole[: stretches["a"].length // 2], b"", bytes(len(whole))):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"__0_0.distcp: a: not a tensor as torch.save writes it"):
+            load(tmp_path, targets)
+    path.write_bytes(whole)
+    write_metadata(tmp_path, {"a": (6, 8)}, torch.bfloat16, {"a": stretches["a"]})
+    with pytest.raises(CheckpointError, match=r"a: a piece of \(6, 8\), torch.float32, where .metadata says"):
+        load(tmp_path, targets)
+
+
+def test_a_tensor_in_a_training_state_runs_nothing(tmp_path, capsys):
+    stretches = write(tmp_path, {"a": torch.randn(6, 8)})
+    content = io.BytesIO()
+    torch.save(Harm(), content)
+    (tmp_path / "__0_0.distcp").write_bytes(content.getvalue())
+    stretches["a"] = stretches["a"]._replace(length=content.tell())
+    write_metadata(tmp_path, {"a": (6, 8)}, torch.float32, stretches)
+    with pytest.raises(CheckpointError, match=r"it holds more than tensors: .*nothing of it was run"):
+        load(tmp_path, {"a": torch.zeros(6, 8)})
+    assert "harm" not in capsys.readouterr().out

@@ -16,7 +16,7 @@ from paralign.engine.run import rank as module
 from paralign.engine.run.rank import run
 
 
-@pytest.mark.parametrize("arguments", [[], ["--replay-step=3"]])
+@pytest.mark.parametrize("arguments", [[], ["--replay-step=3"], ["--resave"]])
 def test_a_rank_without_a_recipe_says_so_and_exits_with_2(
     project: Path,
     arguments: list[str],
@@ -32,7 +32,7 @@ def test_a_rank_without_a_recipe_says_so_and_exits_with_2(
         run(arguments, Stop())
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "error: no recipe given; expected RECIPE [--replay-step=N] [key.sub=value …]\n"
+        "error: no recipe given; expected RECIPE [--replay-step=N | --resave] [key.sub=value …]\n"
     )
 
 

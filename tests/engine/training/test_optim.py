@@ -59,6 +59,16 @@ def test_moments_stay_where_they_are_when_state_is_loaded() -> None:
         assert torch.equal(home, saved["state"][i]["exp_avg"])
 
 
+def test_moments_that_are_loaded_do_not_pass_through_the_device() -> None:
+    """It may have no room for all of them: that is why they lie on the host. A device without bytes will do."""
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = FusedAdamW([parameter], **SETTINGS)
+    _allocate_state(optimizer, offloaded=1.0)
+    optimizer.state[parameter]["exp_avg"].fill_(2.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[parameter]["exp_avg"].tolist() == [2.0] * 3
+
+
 def test_updates_and_state_are_torchs_to_rounding() -> None:
     (ours, fused), (theirs, plain) = make(FusedAdamW), make(torch.optim.AdamW)
     for number in range(4):
