@@ -190,7 +190,5 @@ def launch_backward(
     rows = x.numel() // hidden
     blocks = library.ask("rms_norm_backward_blocks", x, weight, dy, dsum, dx, rows, hidden, code)
     partial = torch.empty(blocks, hidden, dtype=torch.float32, device=x.device)
-    library.call(
-        "rms_norm_backward", x, weight, dy, dsum, rstd, dx, partial, rows, hidden, blocks, code
-    )
+    library.call("rms_norm_backward", x, weight, dy, dsum, rstd, dx, partial, rows, hidden, blocks, code)
     return dx, partial.sum(0).to(weight.dtype)

@@ -76,7 +76,12 @@ BUGS = {
         "wrong",
     ),
     "wrong stride between rows": ("rmsnorm.cu", "start = row * packs", "start = row * (packs - 1)", "wrong"),
-    "sum over the neighbouring rows of a warp": ("common/reduce.cuh", "step = team / 2", "step = team", "wrong"),
+    "sum over the neighbouring rows of a warp": (
+        "common/reduce.cuh",
+        "step = team / 2",
+        "step = team",
+        "wrong",
+    ),
     "sums of other warps' row": ("common/reduce.cuh", "warp / warps * warps + lane", "lane", "wrong"),
     "missing barrier before the teams' sums are added up": (
         "rmsnorm.cu",
