@@ -150,8 +150,13 @@ def test_rope_of_a_fused_projection(run: Runner, dtype: torch.dtype, channels: i
 
 @pytest.mark.parametrize(
     ("rows", "q_heads", "k_heads", "channels", "dtype"),
-    [(9, 16, 2, 128, torch.bfloat16), (9, 8, 1, 128, torch.float16), (3, 20, 20, 128, torch.float32)]
-    + [(2, 5, 1, 254, torch.float32), (70, 3, 0, 10, torch.bfloat16)],
+    [
+        (9, 16, 2, 128, torch.bfloat16),
+        (9, 8, 1, 128, torch.float16),
+        (3, 20, 20, 128, torch.float32),
+        (2, 5, 1, 254, torch.float32),
+        (70, 3, 0, 10, torch.bfloat16),
+    ],
     ids=["four rows a block", "eight", "two passes", "single elements", "64 rows, no key"],
 )
 def test_rope_of_several_rows_a_block(

@@ -14,7 +14,6 @@ from paralign.engine.kernels.build import ARCHITECTURES, compile_command, find_n
 from paralign.engine.kernels.library import KernelLibrary, source_files, sources_digest
 from paralign.engine.kernels.swiglu import launch_forward
 
-
 REGISTERS = 65536  # of a multiprocessor, on every architecture that is built
 # Threads of a kernel's block, and how many such blocks' registers must fit a multiprocessor.
 BUDGETS = {
@@ -34,8 +33,8 @@ BUDGETS = {
 def over_budget(report: str, file: str) -> list[str]:
     """Kernels in what ptxas says of a file that spill, or whose registers are not within their budget."""
     found = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?\n.*?\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?\n.*?\n\s*(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers",
         report,
     )
     assert len(found) == report.count("Compiling entry function") > 0
@@ -44,10 +43,8 @@ def over_budget(report: str, file: str) -> list[str]:
         # A mangled name holds the length of each part before it.
         (kernel,) = (k for f, k in BUDGETS if f == file and f"{len(k)}{k}" in symbol)
         threads, blocks = BUDGETS[file, kernel]
-        held = (
-            -(-int(used) // 8) * 8 * -(-threads // 32) * 32 * blocks
-        )  # registers are given out by 8, to whole warps
-        if held > REGISTERS or spilled != ["0", "0", "0"]:
+        by_eight, warps = -(-int(used) // 8) * 8, -(-threads // 32)  # as they are given out
+        if by_eight * 32 * warps * blocks > REGISTERS or spilled != ["0", "0", "0"]:
             over.append(
                 f"{file}.cu, {kernel} on {architecture}, {symbol}: {used} registers, {spilled} bytes spilled"
             )
