@@ -5,7 +5,8 @@
 Shapes are those of Llama-3-8B and of one of eight tensor-parallel ranks of Llama-3-70B, 8192 rows, bf16; first come
 RMSNorm, RMSNorm of heads of 128, and RoPE of 16 + 2 heads, the kernels whose speed is least sure. Operations that
 move memory are given as a share of the copy bandwidth measured in the same run; products as a share of the bare
-matrix products that they need. Without a GPU only `--tiny` shapes run (and are chosen), to show that the script works: there the reference is timed against itself, and the shares mean nothing.
+matrix products that they need. Without a GPU only `--tiny` shapes run (and are chosen), to show that the script
+works: there the reference is timed against itself, and the shares mean nothing.
 
 Writes JSON, and a plot beside it.
 """

@@ -12,6 +12,16 @@ namespace {
 constexpr int kKept = 2;
 constexpr int kMaxThreads = 288;
 
+// Where the n-th pack of a block lies: in which row of its tile, in which head, and which of the head's.
+struct Place {
+  int row, head, pack;
+};
+
+__device__ __forceinline__ Place place_of(int n, int heads, int packs) {
+  const int head = n / packs;
+  return {head / heads, head % heads, n % packs};
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 3) rotate(
     const T* __restrict__ q, const T* __restrict__ k, const int64_t* __restrict__ positions,
@@ -19,16 +29,17 @@ __global__ void __launch_bounds__(kMaxThreads, 3) rotate(
     int k_heads, int half, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, float direction, int tile) {
   SHARED_MEMORY(float, cosines);
   float* const sines = cosines + tile * half;
-  const int packs = half / N, packs_a_row = (q_heads + k_heads) * packs;
+  const int packs = half / N, heads = q_heads + k_heads;
   for (int64_t first = int64_t(blockIdx.x) * tile; first < rows; first += int64_t(gridDim.x) * tile) {
-    const int here = rows - first < tile ? int(rows - first) : tile;
-    for (int begin = 0; begin < here * packs_a_row; begin += kKept * blockDim.x) {
+    const int here = rows - first < tile ? int(rows - first) : tile, count = here * heads * packs;
+    for (int begin = 0; begin < count; begin += kKept * blockDim.x) {
       Pack<T, N> kept_first[kKept], kept_second[kKept];
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        const int place = begin + i * blockDim.x + threadIdx.x, head = place % packs_a_row / packs, pack = place % packs;
-        if (place >= here * packs_a_row) continue;
-        const int64_t row = first + place / packs_a_row;
+        const int n = begin + i * blockDim.x + threadIdx.x;
+        if (n >= count) continue;
+        const auto [in_tile, head, pack] = place_of(n, heads, packs);
+        const int64_t row = first + in_tile;
         const T* const from = head < q_heads ? q + row * q_row + head * q_head
                                              : k + row * k_row + (head - q_heads) * k_head;
         kept_first[i] = load<T, N>(from, pack);
@@ -45,10 +56,11 @@ __global__ void __launch_bounds__(kMaxThreads, 3) rotate(
       }
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        const int place = begin + i * blockDim.x + threadIdx.x, head = place % packs_a_row / packs, pack = place % packs;
-        if (place >= here * packs_a_row) continue;
-        const int64_t row = first + place / packs_a_row;
-        const int angles = place / packs_a_row * packs + pack;
+        const int n = begin + i * blockDim.x + threadIdx.x;
+        if (n >= count) continue;
+        const auto [in_tile, head, pack] = place_of(n, heads, packs);
+        const int64_t row = first + in_tile;
+        const int angles = in_tile * packs + pack;
         T* const to = head < q_heads ? q_out + (row * q_heads + head) * 2 * half
                                      : k_out + (row * k_heads + head - q_heads) * 2 * half;
         const Pack<float, N> cosine = load<float, N>(cosines, angles), sine = load<float, N>(sines, angles);

@@ -107,6 +107,20 @@ def test_blocks_of_the_backward_pass(
     stand_in.on_cpu_processors(1)
 
 
+def test_every_thread_has_work(cpu_library: KernelLibrary) -> None:
+    """Heads of 128 in bf16 are 16 packs, of which a thread takes four in RMSNorm, and two of each half in RoPE."""
+    stand_in = ctypes.CDLL(str(cpu_library.path))
+    x, weight = torch.ones(128, 128).bfloat16(), torch.ones(128).bfloat16()
+    rstd = rms_norm.launch_forward(cpu_library, x, None, weight, 1e-5)[2]
+    assert stand_in.on_cpu_threads() == 128 * 16 // 4
+    rms_norm.launch_backward(cpu_library, x, weight, rstd, x, None)
+    assert stand_in.on_cpu_threads() == 128 * 16 // 4
+    for heads in ((16, 2), (8, 1), (32, 8)):
+        q, k = (torch.ones(8, n, 128).bfloat16() for n in heads)
+        rope.launch(cpu_library, q, k, torch.arange(8), torch.ones(64), 1.0)
+        assert stand_in.on_cpu_threads() == 8 * sum(heads) * 8 // 2
+
+
 def test_rms_norm_of_misaligned_and_strided_rows(run: Runner) -> None:
     x, weight = rand(4, 64, dtype=torch.bfloat16, seed=0), rand(64, dtype=torch.bfloat16, seed=1)
     expected = rms_norm.rms_norm_ref(x, weight, 1e-5)
