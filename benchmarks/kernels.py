@@ -2,10 +2,11 @@
 
     python benchmarks/kernels.py [--tiny] [--repeats 10] [--output benchmarks/results/kernels.json]
 
-Shapes are those of Llama-3-8B and of one of eight tensor-parallel ranks of Llama-3-70B, 8192 rows, bf16. Operations
-that move memory are given as a share of the copy bandwidth measured in the same run; products as a share of the
-bare matrix products that they need. Without a GPU only `--tiny` shapes run (and are chosen), to show that the
-script works: there the reference is timed against itself, and the shares mean nothing.
+Shapes are those of Llama-3-8B and of one of eight tensor-parallel ranks of Llama-3-70B, 8192 rows, bf16; first come
+RMSNorm, RMSNorm of heads of 128, and RoPE of 16 + 2 heads, the kernels whose speed is least sure. Operations that
+move memory are given as a share of the copy bandwidth measured in the same run; products as a share of the bare
+matrix products that they need. Without a GPU only `--tiny` shapes run (and are chosen), to show that the script
+works: there the reference is timed against itself, and the shares mean nothing.
 
 Writes JSON, and a plot beside it.
 """
@@ -53,10 +54,12 @@ class Shape:
     channels: int = 128
 
 
+FIRST = Shape("16 + 2 heads", 8192, 8192, 0, 16, 2, 0, 0)
 SHAPES = [
     Shape("Llama-3-8B", 8192, 4096, 14336, 32, 8, 128256, 2**27),
     Shape("Llama-3-70B, 1 of TP8", 8192, 8192, 3584, 8, 1, 16032, 2**27),
 ]
+TINY_FIRST = Shape("tiny, 16 + 2 heads", 64, 64, 0, 16, 2, 0, 0, channels=16)
 TINY = [Shape("tiny", 64, 64, 96, 4, 2, 320, 2**12, channels=16)]
 
 
@@ -150,20 +153,49 @@ def time_memory_bound(
     return results
 
 
-def memory_bound(shape: Shape, device: torch.device, bandwidth: float, clock: Clock) -> list[Result]:
-    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    rows, hidden, eps = shape.rows, shape.hidden, 1e-5
-    element = 2 * rows  # bytes of a column
-    results: list[Result] = []
-
+def norm(
+    name: str, shape: Shape, width: int, rows: int, device: torch.device, bandwidth: float, clock: Clock
+) -> list[Result]:
+    """RMSNorm of rows of this width."""
+    make, eps = partial(torch.randn, device=device, dtype=torch.bfloat16), 1e-5
     found = candidates(lambda x, w: rms_norm(x, w, eps), lambda x, w: rms_norm_ref(x, w, eps), device)
     if has_liger(device):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
         found.append(("Liger", lambda x, w: LigerRMSNormFunction.apply(x, w, eps)))
-    inputs = [make(rows, hidden), make(hidden)]
-    traffic = 2 * element * hidden, 3 * element * hidden
-    results += time_memory_bound("RMSNorm", shape, inputs, found, traffic, bandwidth, clock)
+    traffic = 4 * rows * width, 6 * rows * width
+    return time_memory_bound(name, shape, [make(rows, width), make(width)], found, traffic, bandwidth, clock)
+
+
+def rotary(shape: Shape, device: torch.device, bandwidth: float, clock: Clock) -> list[Result]:
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    positions = torch.arange(shape.rows, device=device) % 1024
+    frequencies = 5e5 ** -torch.linspace(0, 1, shape.channels // 2, device=device)
+    found = candidates(
+        lambda q, k: rope(q, k, positions, frequencies),
+        lambda q, k: rope_ref(q, k, positions, frequencies),
+        device,
+    )
+    inputs = [make(shape.rows, heads, shape.channels) for heads in (shape.heads, shape.kv_heads)]
+    moved = 4 * shape.rows * (shape.heads + shape.kv_heads) * shape.channels
+    return time_memory_bound("RoPE", shape, inputs, found, (moved, moved), bandwidth, clock)
+
+
+def least_sure(shape: Shape, device: torch.device, bandwidth: float, clock: Clock) -> list[Result]:
+    """Rows of a model, rows of its heads (Qwen3 has a norm for them), and RoPE."""
+    heads = shape.rows * shape.heads
+    return [
+        *norm("RMSNorm", shape, shape.hidden, shape.rows, device, bandwidth, clock),
+        *norm("RMSNorm of heads", shape, shape.channels, heads, device, bandwidth, clock),
+        *rotary(shape, device, bandwidth, clock),
+    ]
+
+
+def memory_bound(shape: Shape, device: torch.device, bandwidth: float, clock: Clock) -> list[Result]:
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    rows, hidden, eps = shape.rows, shape.hidden, 1e-5
+    element = 2 * rows  # bytes of a column
+    results = norm("RMSNorm", shape, hidden, rows, device, bandwidth, clock)
 
     found = candidates(
         lambda x, r, w: add_rms_norm(x, r, w, eps), lambda x, r, w: add_rms_norm_ref(x, r, w, eps), device
@@ -184,17 +216,7 @@ def memory_bound(shape: Shape, device: torch.device, bandwidth: float, clock: Cl
     results += time_memory_bound(
         "SwiGLU", shape, [make(rows, 2 * shape.ffn)], found, traffic, bandwidth, clock
     )
-
-    positions = torch.arange(rows, device=device) % 1024
-    frequencies = 5e5 ** -torch.linspace(0, 1, shape.channels // 2, device=device)
-    found = candidates(
-        lambda q, k: rope(q, k, positions, frequencies),
-        lambda q, k: rope_ref(q, k, positions, frequencies),
-        device,
-    )
-    inputs = [make(rows, shape.heads, shape.channels), make(rows, shape.kv_heads, shape.channels)]
-    moved = 2 * element * (shape.heads + shape.kv_heads) * shape.channels
-    return results + time_memory_bound("RoPE", shape, inputs, found, (moved, moved), bandwidth, clock)
+    return results + rotary(shape, device, bandwidth, clock)
 
 
 def optimizer(shape: Shape, device: torch.device, bandwidth: float, clock: Clock) -> list[Result]:
@@ -344,7 +366,7 @@ def main() -> None:
     torch.manual_seed(0)
     clock = Clock(device, arguments.repeats)
     bandwidth = copy_bandwidth(device, clock)
-    results: list[Result] = []
+    results = least_sure(TINY_FIRST if tiny else FIRST, device, bandwidth, clock)
     for shape in TINY if tiny else SHAPES:
         results += memory_bound(shape, device, bandwidth, clock)
         results += optimizer(shape, device, bandwidth, clock)

@@ -1,49 +1,96 @@
 // Rotary embedding of queries and keys in one launch, from the position of each row; defined by kernels/rope.py.
 //
-// A block takes one row: its angles are computed once, in fp32, and serve every head. Inputs may be slices of one
-// projection (any strides between rows and heads); outputs are dense. The backward pass is the same rotation,
-// turned back. Bytes per bf16 element: 4.
+// A block takes so many rows that each of its threads has kKept packs to turn, and asks for them first. While they are
+// on their way it works out the rows' angles, in fp32, once for all heads. Inputs may be slices of one projection (any
+// strides between rows and heads); outputs are dense. The backward pass is the same rotation, turned back. Bytes per
+// bf16 element: 4.
 #include "common/numeric.cuh"
+#include "common/reduce.cuh"
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kKept = 2;
+constexpr int kMaxThreads = 288;
+
+// Where the n-th pack of a block lies: in which row of its tile, in which head, and which of the head's.
+struct Place {
+  int row, head, pack;
+};
+
+__device__ __forceinline__ Place place_of(int n, int heads, int packs) {
+  const int head = n / packs;
+  return {head / heads, head % heads, n % packs};
+}
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) rotate(
-    const T* q, const T* k, const int64_t* positions, const float* frequencies, T* q_out, T* k_out, int64_t rows,
-    int q_heads, int k_heads, int half, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, float direction) {
+__global__ void __launch_bounds__(kMaxThreads, 3) rotate(
+    const T* __restrict__ q, const T* __restrict__ k, const int64_t* __restrict__ positions,
+    const float* __restrict__ frequencies, T* __restrict__ q_out, T* __restrict__ k_out, int64_t rows, int q_heads,
+    int k_heads, int half, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, float direction, int tile) {
   SHARED_MEMORY(float, cosines);
-  float* const sines = cosines + half;
+  float* const sines = cosines + tile * half;
   const int packs = half / N, heads = q_heads + k_heads;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    for (int i = threadIdx.x; i < half; i += blockDim.x) {
-      float sine, cosine;
-      sincosf(static_cast<float>(positions[row]) * frequencies[i], &sine, &cosine);
-      cosines[i] = cosine;
-      sines[i] = sine * direction;
-    }
-    __syncthreads();
-    for (int work = threadIdx.x; work < heads * packs; work += blockDim.x) {
-      const int head = work / packs, pack = work % packs;
-      const bool is_query = head < q_heads;
-      const int own = is_query ? head : head - q_heads;
-      const T* const from = is_query ? q + row * q_row + own * q_head : k + row * k_row + own * k_head;
-      T* const to = (is_query ? q_out + row * q_heads * 2 * half : k_out + row * k_heads * 2 * half) + own * 2 * half;
-      const Pack<T, N> first = load<T, N>(from, pack), second = load<T, N>(from + half, pack);
-      Pack<T, N> out_first, out_second;
+  for (int64_t first = int64_t(blockIdx.x) * tile; first < rows; first += int64_t(gridDim.x) * tile) {
+    const int here = rows - first < tile ? int(rows - first) : tile, count = here * heads * packs;
+    for (int begin = 0; begin < count; begin += kKept * blockDim.x) {
+      Pack<T, N> kept_first[kKept], kept_second[kKept];
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
-        const float a = to_float(first.at[e]), b = to_float(second.at[e]);
-        const float cosine = cosines[pack * N + e], sine = sines[pack * N + e];
-        out_first.at[e] = from_float<T>(a * cosine - b * sine);
-        out_second.at[e] = from_float<T>(b * cosine + a * sine);
+      for (int i = 0; i < kKept; ++i) {
+        const int n = begin + i * blockDim.x + threadIdx.x;
+        if (n >= count) continue;
+        const auto [in_tile, head, pack] = place_of(n, heads, packs);
+        const int64_t row = first + in_tile;
+        const T* const from = head < q_heads ? q + row * q_row + head * q_head
+                                             : k + row * k_row + (head - q_heads) * k_head;
+        kept_first[i] = load<T, N>(from, pack);
+        kept_second[i] = load<T, N>(from + half, pack);
       }
-      store<T, N>(to, pack, out_first);
-      store<T, N>(to + half, pack, out_second);
+      if (begin == 0) {
+        for (int i = threadIdx.x; i < here * half; i += blockDim.x) {
+          float sine, cosine;
+          sincosf(static_cast<float>(positions[first + i / half]) * frequencies[i % half], &sine, &cosine);
+          cosines[i] = cosine;
+          sines[i] = sine * direction;
+        }
+        __syncthreads();
+      }
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int n = begin + i * blockDim.x + threadIdx.x;
+        if (n >= count) continue;
+        const auto [in_tile, head, pack] = place_of(n, heads, packs);
+        const int64_t row = first + in_tile;
+        const int angles = in_tile * packs + pack;
+        T* const to = head < q_heads ? q_out + (row * q_heads + head) * 2 * half
+                                     : k_out + (row * k_heads + head - q_heads) * 2 * half;
+        const Pack<float, N> cosine = load<float, N>(cosines, angles), sine = load<float, N>(sines, angles);
+        Pack<T, N> out_first, out_second;
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          const float a = to_float(kept_first[i].at[e]), b = to_float(kept_second[i].at[e]);
+          out_first.at[e] = from_float<T>(a * cosine.at[e] - b * sine.at[e]);
+          out_second.at[e] = from_float<T>(b * cosine.at[e] + a * sine.at[e]);
+        }
+        store<T, N>(to, pack, out_first);
+        store<T, N>(to + half, pack, out_second);
+      }
     }
-    __syncthreads();  // the next row writes the table again
+    __syncthreads();  // the next rows write the table again
   }
+}
+
+// Rows of a block: so many that they are whole warps' work, as far as a block reaches. 16 + 2 heads of 128 are 144 packs
+// a row, and 4 rows the work of 9 warps.
+int tile_for(int64_t packs_a_row) {
+  int tile = 1;
+  while (tile * packs_a_row % (kKept * kWarp) && 2 * tile * packs_a_row <= kKept * kMaxThreads) tile *= 2;
+  return tile;
+}
+
+// As few passes over the tile as a block's threads allow, and as few threads as these need.
+int threads_for(int64_t packs) {
+  const int64_t passes = (packs + kKept * kMaxThreads - 1) / (kKept * kMaxThreads), shares = passes * kKept * kWarp;
+  return int((packs + shares - 1) / shares * kWarp);
 }
 
 }  // namespace
@@ -58,9 +105,12 @@ EXPORT paralign_rope(const void* q, const void* k, const void* positions, const 
                         k_head % whole == 0 && aligned(q, k, q_out, k_out);
     return with_width<T>(packed, [&](auto width) {
       constexpr int N = decltype(width)::value;
-      LAUNCH((rotate<T, N>), blocks_for(rows), kThreads, 2 * half * sizeof(float), stream, (const T*)q, (const T*)k,
-             (const int64_t*)positions, (const float*)frequencies, (T*)q_out, (T*)k_out, rows, int(q_heads),
-             int(k_heads), int(half), q_row, q_head, k_row, k_head, float(direction));
+      const int64_t packs_a_row = (q_heads + k_heads) * half / N;
+      const int tile = tile_for(packs_a_row);
+      const size_t bytes = 2 * tile * half * sizeof(float);
+      LAUNCH((rotate<T, N>), blocks_for(rows, tile), threads_for(tile * packs_a_row), bytes, stream, (const T*)q,
+             (const T*)k, (const int64_t*)positions, (const float*)frequencies, (T*)q_out, (T*)k_out, rows,
+             int(q_heads), int(k_heads), int(half), q_row, q_head, k_row, k_head, float(direction), tile);
       return int(cudaGetLastError());
     });
   });

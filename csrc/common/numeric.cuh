@@ -16,9 +16,10 @@ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// N neighbours, moved as one: a warp that moves 16 bytes a thread reaches the bandwidth of memory.
+// N neighbours, moved as one: a warp that moves 16 bytes a thread reaches the bandwidth of memory. Wider ones (floats
+// beside packs of half as many bytes) are moved in such parts.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T at[N];
 };
 
@@ -30,6 +31,15 @@ __device__ __forceinline__ Pack<T, N> load(const T* from, int64_t pack) {
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, int64_t pack, const Pack<T, N>& value) {
   reinterpret_cast<Pack<T, N>*>(to)[pack] = value;
+}
+
+// Hides a pack's values from the compiler, which else keeps the floats that it has made of them, in twice the
+// registers, until they are used again. No instruction comes of it.
+template <typename T, int N>
+__device__ __forceinline__ void forget(Pack<T, N>& pack) {
+  unsigned* const words = reinterpret_cast<unsigned*>(&pack);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(pack) / sizeof(unsigned)); ++i) asm("" : "+r"(words[i]));
 }
 
 template <typename T>
@@ -68,5 +78,8 @@ bool aligned(P... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);  // null is aligned
 }
 
-// Blocks of a launch: one a row, and a stride where there are more rows than a grid may have blocks.
-inline unsigned blocks_for(int64_t rows) { return static_cast<unsigned>(rows < (1 << 30) ? rows : (1 << 30)); }
+// Blocks of a launch that takes so many rows a block; they stride where there are more than a grid may have.
+inline unsigned blocks_for(int64_t rows, int64_t rows_a_block = 1) {
+  const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
+  return static_cast<unsigned>(blocks < (1 << 30) ? blocks : (1 << 30));
+}

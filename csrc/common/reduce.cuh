@@ -18,16 +18,23 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// The sum over the block, on every thread. `scratch`: kWarp floats of shared memory; the block has whole warps.
-__device__ __forceinline__ float block_sum(float x, float* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+// The sum over each `team` of neighbouring threads, a power of two below a warp or whole warps, on every thread of it.
+// `scratch`: kWarp floats of shared memory; the block has whole warps, and all of them come here.
+__device__ __forceinline__ float team_sum(float x, int team, float* scratch) {
+  if (team < kWarp) {
+    for (int step = team / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+    return x;
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = team / kWarp;
   x = warp_sum(x);
   if (lane == 0) scratch[warp] = x;
   __syncthreads();
-  x = warp_sum(lane < static_cast<int>(blockDim.x) / kWarp ? scratch[lane] : 0.0f);
+  x = warp_sum(lane < warps ? scratch[warp / warps * warps + lane] : 0.0f);
   __syncthreads();  // the caller may use scratch again
   return x;
 }
+
+__device__ __forceinline__ float block_sum(float x, float* scratch) { return team_sum(x, blockDim.x, scratch); }
 
 __device__ __forceinline__ float block_max(float x, float* scratch) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

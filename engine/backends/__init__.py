@@ -13,7 +13,7 @@ def backend_of(section: ModelConfig) -> Backend:
     """The backend that a recipe names, on the machine that trains."""
     from .ours import Ours
 
-    check_kernels(section)
+    check_kernels(section, launch=True)
     return Ours(section.kernels, section.attention_backend)
 
 
@@ -36,13 +36,17 @@ def check_backend(section: ModelConfig, arch: Arch) -> None:
             check_kernels(section)
 
 
-def check_kernels(section: ModelConfig) -> None:
-    """Raises RecipeError where a recipe requires the kernels and this machine cannot use them."""
+def check_kernels(section: ModelConfig, *, launch: bool = False) -> None:
+    """Raises RecipeError where a recipe requires the kernels and this machine cannot use them.
+
+    Whether the device takes them is tried with `launch` only, by who trains: the trial's CUDA context would hold the
+    device's memory as long as this process lives.
+    """
     if section.kernels != "required":
         return
-    from ..kernels.library import find_library
+    from ..kernels.library import built_library, find_library
 
-    if (found := find_library()).library is None:
+    if (found := find_library() if launch else built_library()).library is None:
         raise RecipeError(f"model.kernels: required, but they are {found.reason}; or set it to auto")
 
 

@@ -10,9 +10,10 @@ import ctypes
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ class KernelLibrary:
             ValueError: tensors of more than one device: a kernel cannot read the others' addresses.
             RuntimeError: the launch was refused.
         """
+        self._call(function, arguments, ctypes.c_void_p(self._stream()))
+
+    def ask(self, function: str, *arguments: Tensor | int | float | None) -> int:
+        """The number that `paralign_<function>(*arguments, &number)` gives; raises what `call` does."""
+        number = ctypes.c_int64()
+        self._call(function, arguments, ctypes.byref(number))
+        return number.value
+
+    def _call(self, function: str, arguments: Sequence[Tensor | int | float | None], last: Any) -> None:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if len({x.device for x in tensors}) > 1:
             places = ", ".join(f"{describe(x)} on {x.device}" for x in tensors)
@@ -72,12 +82,10 @@ class KernelLibrary:
                 converted.append(ctypes.c_double(argument))
             else:
                 converted.append(ctypes.c_void_p(None))
-        code = getattr(self._library, f"paralign_{function}")(*converted, ctypes.c_void_p(self._stream()))
+        code = getattr(self._library, f"paralign_{function}")(*converted, last)
         if code:
-            shapes = ", ".join(describe(x) for x in tensors)
-            raise RuntimeError(
-                f"kernel {function}: {self._library.paralign_error(code).decode()}; called with {shapes}"
-            )
+            called = "; called with " + ", ".join(describe(x) for x in tensors) if tensors else ""
+            raise RuntimeError(f"kernel {function}: {self._library.paralign_error(code).decode()}{called}")
 
 
 @dataclass(frozen=True)
@@ -91,14 +99,37 @@ class Found:
 
 @functools.cache
 def find_library() -> Found:
-    """The built library, if it is there, fits its sources, and a CUDA device can run it."""
+    """The built library, if this process's CUDA device has launched a kernel of it.
+
+    The first call opens a CUDA context: for who trains. Others ask `built_library`.
+    """
+    found = built_library()
+    if found.library is None:
+        return found
+    try:
+        found.library.call("trial")
+    except RuntimeError as error:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        reason = (
+            f"built, but this GPU and its driver refuse them ({error}); run `paralign kernels build --arch "
+            f"{architecture}`, with an nvcc that is no newer than the driver's CUDA"
+        )
+        return Found(None, found.architectures, reason)
+    return found
+
+
+def built_library() -> Found:
+    """The built library, if it is there, fits its sources, and there is a CUDA device; nothing is launched."""
     remedy = "run `paralign kernels build`"
     if not LIBRARY.exists():
         return Found(None, (), f"not built; {remedy}")
     architectures = tuple(json.loads(LIBRARY.with_suffix(".json").read_text())["architectures"])
     if not torch.cuda.is_available():
         return Found(None, architectures, "built, but torch finds no CUDA device")
-    library = KernelLibrary(LIBRARY, lambda: torch.cuda.current_stream().cuda_stream)
+    try:
+        library = KernelLibrary(LIBRARY, lambda: torch.cuda.current_stream().cuda_stream)
+    except OSError as error:
+        return Found(None, architectures, f"built, but cannot be loaded ({error}); {remedy}")
     if library.sources != sources_digest():
         return Found(None, architectures, f"built from other sources; {remedy}")
     return Found(library, architectures)

@@ -71,12 +71,12 @@ def _random(device: torch.device, *shape: int) -> Tensor:
 
 
 def _check_rms_norm(device: torch.device) -> Pairs:
-    inputs = [_random(device, 33, 256), _random(device, 256)]
+    inputs = [_random(device, 33, 5, 128), _random(device, 128)]  # heads: several rows a warp
     return _both_ways(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_ref(x, w, 1e-5), inputs)
 
 
 def _check_add_rms_norm(device: torch.device) -> Pairs:
-    inputs = [_random(device, 33, 256), _random(device, 34, 256)[:33], _random(device, 256)]
+    inputs = [_random(device, 33, 4096), _random(device, 34, 4096)[:33], _random(device, 4096)]
     return _both_ways(
         lambda x, r, w: add_rms_norm(x, r, w, 1e-5), lambda x, r, w: add_rms_norm_ref(x, r, w, 1e-5), inputs
     )

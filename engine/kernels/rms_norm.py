@@ -12,10 +12,6 @@ from torch import Tensor
 
 from .library import KernelLibrary, library_for, require, require_served, type_code
 
-# Blocks of the backward pass for each multiprocessor: enough to hide the latency of memory, few enough that the
-# partial sums of the weight's gradient (one row a block) stay small.
-BLOCKS_A_PROCESSOR = 4
-
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition: x / sqrt(mean(x²) + ε) · weight over the last dimension, in fp32 at least; as x."""
@@ -104,9 +100,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight); dx includes dsum, the gradient that reaches x past the norm."""
     if library := library_for(x):
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        blocks = BLOCKS_A_PROCESSOR * processors
-        return launch_backward(library, x, weight, rstd, dy, dsum, blocks=blocks)
+        return launch_backward(library, x, weight, rstd, dy, dsum)
     wide, dwide = _wide(x.contiguous()), _wide(dy.contiguous())
     normed = wide * rstd[..., None]
     weighted = dwide * weight.to(wide.dtype)
@@ -183,16 +177,9 @@ def launch_forward(
 
 
 def launch_backward(
-    library: KernelLibrary,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    dsum: Tensor | None,
-    *,
-    blocks: int,
+    library: KernelLibrary, x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) by the kernel; `blocks` rows of partial sums are added up in a fixed order."""
+    """(dx, dweight) by the kernel; each of its blocks leaves a row of partial sums, added up in a fixed order."""
     x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     hidden = weight.shape[0]
@@ -200,10 +187,8 @@ def launch_backward(
     code = type_code("rms_norm_backward", x)
     if not x.numel():
         return dx, torch.zeros_like(weight)
-    blocks = min(blocks, x.numel() // hidden)
+    rows = x.numel() // hidden
+    blocks = library.ask("rms_norm_backward_blocks", x, weight, dy, dsum, dx, rows, hidden, code)
     partial = torch.empty(blocks, hidden, dtype=torch.float32, device=x.device)
-    library.call(
-        "rms_norm_backward",
-        *(x, weight, dy, dsum, rstd, dx, partial, x.numel() // hidden, hidden, blocks, code),
-    )
+    library.call("rms_norm_backward", x, weight, dy, dsum, rstd, dx, partial, rows, hidden, blocks, code)
     return dx, partial.sum(0).to(weight.dtype)

@@ -104,7 +104,7 @@ def launch(
     q_THD, k_TGD = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THD, k_TGD))
     q_out, k_out = q_THD.new_empty(q_THD.shape), k_TGD.new_empty(k_TGD.shape)
     code = type_code("rope", q_THD)
-    if q_out.shape[0]:
+    if q_out.numel() + k_out.numel():
         library.call(
             "rope",
             *(q_THD, k_TGD, positions_T.contiguous(), frequencies.float().contiguous(), q_out, k_out),

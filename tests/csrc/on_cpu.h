@@ -3,7 +3,8 @@
 // Blocks run one after another. The threads of a block are fibers of one thread of the machine: each runs until it
 // meets a barrier or a shuffle, then the next one does. In what order is chosen (forward, reverse, random): a
 // result that depends on it lacks a barrier. Shared memory starts as NaN. A barrier that some threads never reach,
-// and a shuffle that some lanes never reach, end the launch with an error, as does an impossible configuration.
+// and a shuffle that some lanes never reach, end the launch with an error, as does an impossible configuration, more
+// than 48 KiB of shared memory that nobody has asked for, and a device that is set to have no code.
 // Not covered: inline PTX, tensor cores, TMA, asynchronous copies, clusters, static __shared__ variables, shuffles of
 // part of a warp, and races between blocks.
 #pragma once
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -25,15 +27,15 @@
 #define __launch_bounds__(...)
 #define SHARED_MEMORY(type, name) type* const name = reinterpret_cast<type*>(on_cpu::device.shared)
 #define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  ((void)(stream), on_cpu::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
+  ((void)(stream), on_cpu::launch(kernel, grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
 
 using cudaError_t = int;
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaDevAttrMultiProcessorCount = 16;
 
 namespace on_cpu {
 
-constexpr unsigned kLanes = 32, kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 * 1024, kStack = 64 * 1024;
+constexpr unsigned kLanes = 32, kMaxThreads = 1024, kThreadsAtOnce = 2048;
+constexpr size_t kUnasked = 48 * 1024, kMaxShared = 227 * 1024, kStack = 64 * 1024;
 
 enum class Order { forward, reverse, random };
 enum class At { running, barrier, shuffle, part_of_a_warp, end };
@@ -59,6 +61,9 @@ struct Device {
   unsigned char* shared = nullptr;
   Order order = Order::forward;
   unsigned last_blocks = ~0u;  // how many of a launch's blocks run, its last ones
+  int processors = 1;
+  bool has_code = true;
+  std::map<const void*, size_t> asked;  // shared memory, by kernel
   std::mt19937 random{0};
   const char* error = nullptr;
 };
@@ -146,13 +151,19 @@ inline const char* run_block(unsigned count, size_t shared_bytes) {
   }
 }
 
-template <typename F>
-void launch(unsigned grid, unsigned threads, size_t shared_bytes, F kernel) {
+template <typename K>
+size_t allowed(K* kernel) {
+  const auto asked = device.asked.find(reinterpret_cast<const void*>(kernel));
+  return asked == device.asked.end() ? kUnasked : asked->second;
+}
+
+template <typename K, typename F>
+void launch(K* which, unsigned grid, unsigned threads, size_t shared_bytes, F kernel) {
   device.error = nullptr;
-  if (grid == 0 || threads == 0 || threads > kMaxThreads || shared_bytes > kMaxShared) {
+  if (grid == 0 || threads == 0 || threads > kMaxThreads || shared_bytes > allowed(which))
     device.error = "an invalid launch configuration";
-    return;
-  }
+  if (!device.has_code) device.error = "no kernel image is available for execution on the device";
+  if (device.error) return;
   device.grid.x = grid;
   device.block.x = threads;
   device.kernel = kernel;
@@ -193,8 +204,19 @@ inline float __expf(float x) { return expf(x); }
 inline int cudaGetLastError() { return on_cpu::device.error ? 1 : 0; }
 inline const char* cudaGetErrorString(int) { return on_cpu::device.error ? on_cpu::device.error : "shared memory"; }
 template <typename K>
-int cudaFuncSetAttribute(K, int, int bytes) {
-  return bytes > static_cast<int>(on_cpu::kMaxShared) ? 2 : 0;
+int cudaFuncSetAttribute(K* kernel, int, int bytes) {
+  if (bytes > static_cast<int>(on_cpu::kMaxShared)) return 2;
+  on_cpu::device.asked[reinterpret_cast<const void*>(kernel)] = std::max(size_t(bytes), on_cpu::kUnasked);
+  return 0;
+}
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = on_cpu::device.processors, 0; }
+// Of what bounds it on a GPU, registers are missing here.
+template <typename K>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K* kernel, int threads, size_t bytes) {
+  const bool fits = bytes <= on_cpu::allowed(kernel);
+  *blocks = fits ? int(std::min(size_t(on_cpu::kThreadsAtOnce / threads), on_cpu::kMaxShared / std::max(bytes, size_t(1)))) : 0;
+  return 0;
 }
 
 struct __nv_bfloat16 {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,11 +49,19 @@ def test_a_gpu_is_given_tensors_as_they_lie() -> None:
             assert there.data_ptr() != x.data_ptr()
 
 
-# Packed and odd sizes, one row, more packs than threads keep, a length that no pack divides, no row.
+# Packed and odd sizes, one row, more packs than threads keep, a length that no pack divides, no row; rows of a head,
+# more than all blocks take at once, and rows of one to five warps.
 @pytest.mark.parametrize(
     ("rows", "hidden", "dtype"),
     [(5, 256, dtype) for dtype in TYPES]
-    + [(1, 9, torch.bfloat16), (3, 1001, torch.float32), (2, 17408, torch.bfloat16), (0, 64, torch.float32)],
+    + [(1, 9, torch.bfloat16), (3, 1001, torch.float32), (2, 17408, torch.bfloat16), (0, 64, torch.float32)]
+    + [(rows, 128, torch.bfloat16) for rows in (64, 450)]
+    + [
+        (100, 24, torch.float32),
+        (7, 1024, torch.bfloat16),
+        (5, 1032, torch.bfloat16),
+        (3, 5120, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_rms_norm(run: Runner, rows: int, hidden: int, dtype: torch.dtype, with_residual: bool) -> None:
@@ -65,7 +75,7 @@ def test_rms_norm(run: Runner, rows: int, hidden: int, dtype: torch.dtype, with_
         expected, expected_total = rms_norm.add_rms_norm_ref(x, residual, weight, 1e-5)
         assert torch.equal(total, expected_total)
     more = dsum if with_residual else None
-    gradients = run(rms_norm.launch_backward, total, weight, rstd, dy, more, blocks=3)
+    gradients = run(rms_norm.launch_backward, total, weight, rstd, dy, more)
     if rows == 0:
         assert normed.numel() == gradients[0].numel() == 0
         assert not gradients[1].any()
@@ -73,6 +83,42 @@ def test_rms_norm(run: Runner, rows: int, hidden: int, dtype: torch.dtype, with_
     assert_close(normed, expected)
     for actual, wanted in zip(gradients, rms_norm._backward(total, weight, rstd, dy, more), strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "processors", "blocks"),
+    [
+        (2048, 8192, 132, 132),  # fewer than 16 rows each, but every multiprocessor has one
+        (3200, 8192, 132, 200),  # 16 rows each
+        (2**20, 8192, 132, 132 * 7),  # as many as run at once: here shared memory bounds them
+        (2**20, 128, 132, 132 * 7),
+        (100, 128, 132, 2),  # 64 rows at once
+        (1, 8192, 132, 1),
+    ],
+)
+def test_blocks_of_the_backward_pass(
+    cpu_library: KernelLibrary, rows: int, hidden: int, processors: int, blocks: int
+) -> None:
+    x = torch.empty(8, dtype=torch.bfloat16)
+    stand_in = ctypes.CDLL(str(cpu_library.path))
+    stand_in.on_cpu_processors(processors)
+    arguments = (x, x, x, None, x, rows, hidden, rms_norm.type_code("rms_norm", x))
+    assert cpu_library.ask("rms_norm_backward_blocks", *arguments) == blocks
+    stand_in.on_cpu_processors(1)
+
+
+def test_every_thread_has_work(cpu_library: KernelLibrary) -> None:
+    """Heads of 128 in bf16 are 16 packs, of which a thread takes four in RMSNorm, and two of each half in RoPE."""
+    stand_in = ctypes.CDLL(str(cpu_library.path))
+    x, weight = torch.ones(128, 128).bfloat16(), torch.ones(128).bfloat16()
+    rstd = rms_norm.launch_forward(cpu_library, x, None, weight, 1e-5)[2]
+    assert stand_in.on_cpu_threads() == 128 * 16 // 4
+    rms_norm.launch_backward(cpu_library, x, weight, rstd, x, None)
+    assert stand_in.on_cpu_threads() == 128 * 16 // 4
+    for heads in ((16, 2), (8, 1), (32, 8)):
+        q, k = (torch.ones(8, n, 128).bfloat16() for n in heads)
+        rope.launch(cpu_library, q, k, torch.arange(8), torch.ones(64), 1.0)
+        assert stand_in.on_cpu_threads() == 8 * sum(heads) * 8 // 2
 
 
 def test_rms_norm_of_misaligned_and_strided_rows(run: Runner) -> None:
@@ -114,6 +160,29 @@ def test_rope_of_a_fused_projection(run: Runner, dtype: torch.dtype, channels: i
     for x, wanted in zip(actual, rope._rope(q, k, positions, frequencies, direction), strict=True):
         assert x.is_contiguous()
         assert_close(x, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "q_heads", "k_heads", "channels", "dtype"),
+    [
+        (9, 16, 2, 128, torch.bfloat16),
+        (9, 8, 1, 128, torch.float16),
+        (3, 20, 20, 128, torch.float32),
+        (2, 5, 1, 254, torch.float32),
+        (70, 3, 0, 10, torch.bfloat16),
+    ],
+    ids=["four rows a block", "eight", "two passes", "single elements", "64 rows, no key"],
+)
+def test_rope_of_several_rows_a_block(
+    run: Runner, rows: int, q_heads: int, k_heads: int, channels: int, dtype: torch.dtype
+) -> None:
+    q, k = (rand(rows, heads, channels, dtype=dtype, seed=heads) for heads in (q_heads, k_heads))
+    positions, frequencies = torch.arange(rows) * 7 % 5, torch.rand(channels // 2)
+    actual = run(rope.launch, q, k, positions, frequencies, 1.0)
+    for x, wanted in zip(actual, rope.rope_ref(q, k, positions, frequencies), strict=True):
+        assert x.shape == wanted.shape
+        if x.numel():
+            assert_close(x, wanted)
 
 
 def test_misaligned_and_strided_inputs_give_the_same(run: Runner) -> None:

@@ -1,4 +1,4 @@
-"""nvcc takes every kernel for every architecture, no kernel spills registers, and the result can be loaded."""
+"""nvcc takes every kernel for every architecture within its budget of registers, and the result can be loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,44 @@ from paralign.engine.kernels.build import ARCHITECTURES, compile_command, find_n
 from paralign.engine.kernels.library import KernelLibrary, source_files, sources_digest
 from paralign.engine.kernels.swiglu import launch_forward
 
+REGISTERS = 65536  # of a multiprocessor, on every architecture that is built
+# Threads of a kernel's block, and how many such blocks' registers must fit a multiprocessor.
+BUDGETS = {
+    ("adamw", "squared_sum"): (256, 8),
+    ("adamw", "adamw"): (256, 4),
+    ("library", "nothing"): (1, 32),
+    ("rmsnorm", "forward"): (256, 3),
+    ("rmsnorm", "backward"): (256, 2),
+    ("rope", "rotate"): (288, 3),
+    ("swiglu", "forward"): (256, 4),
+    ("swiglu", "backward"): (256, 4),
+    ("vocab", "partials"): (256, 4),
+    ("vocab", "gradient"): (256, 4),
+}
 
-def test_every_kernel_compiles_without_spills_and_loads(tmp_path: Path) -> None:
+
+def over_budget(report: str, file: str) -> list[str]:
+    """Kernels in what ptxas says of a file that spill, or whose registers are not within their budget."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?\n.*?\n\s*(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers",
+        report,
+    )
+    assert len(found) == report.count("Compiling entry function") > 0
+    over = []
+    for symbol, architecture, *spilled, used in found:
+        # A mangled name holds the length of each part before it.
+        (kernel,) = (k for f, k in BUDGETS if f == file and f"{len(k)}{k}" in symbol)
+        threads, blocks = BUDGETS[file, kernel]
+        by_eight, warps = -(-int(used) // 8) * 8, -(-threads // 32)  # as they are given out
+        if by_eight * 32 * warps * blocks > REGISTERS or spilled != ["0", "0", "0"]:
+            over.append(
+                f"{file}.cu, {kernel} on {architecture}, {symbol}: {used} registers, {spilled} bytes spilled"
+            )
+    return over
+
+
+def test_every_kernel_compiles_within_its_registers_and_loads(tmp_path: Path) -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc")
@@ -29,9 +65,10 @@ def test_every_kernel_compiles_without_spills_and_loads(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         reports, objects = zip(*pool.map(one, source_files()), strict=True)
-    kernels = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(reports))
-    assert len(kernels) > 50
-    assert set(kernels) == {("0", "0")}
+    over = [
+        line for source, report in zip(source_files(), reports) for line in over_budget(report, source.stem)
+    ]
+    assert not over, "\n".join(over)
 
     path = tmp_path / "kernels.so"
     subprocess.run([str(nvcc), "-shared", *map(str, objects), "-o", str(path)], check=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,15 @@ from .conftest import ORDERS, set_order
 
 
 def verdict(library: KernelLibrary) -> set[str]:
-    """Everything that was seen to be wrong in any thread order, at a size of several warps and rows."""
+    """Everything that was seen to be wrong in any thread order: teams of one warp, of eight lanes, of a block."""
     torch.manual_seed(0)
-    x, dy, weight = torch.randn(5, 1024), torch.randn(5, 1024), torch.randn(1024)
     found = set()
-    for order in ORDERS:
+    for (rows, hidden), order in product([(5, 512), (70, 128), (2, 12500)], ORDERS):
+        x, dy, weight = torch.randn(rows, hidden), torch.randn(rows, hidden), torch.randn(hidden)
         set_order(library, order)
         try:
             normed, _, rstd = launch_forward(library, x, None, weight, 1e-5)
-            gradients = launch_backward(library, x, weight, rstd, dy, None, blocks=2)
+            gradients = launch_backward(library, x, weight, rstd, dy, None)
         except RuntimeError as error:
             found.add(str(error).split(": ", 1)[1].split("; called with")[0])
             continue
@@ -41,6 +42,7 @@ def verdict(library: KernelLibrary) -> set[str]:
 
 
 STORE = "  if (lane == 0) scratch[warp] = x;\n  __syncthreads();\n  x = warp_sum("
+ROW = "const int end = row < rows ? packs : 0;"
 BUGS = {
     "missing barrier before the read": (
         "common/reduce.cuh",
@@ -69,15 +71,40 @@ BUGS = {
     "sum over half a warp": ("common/reduce.cuh", "kWarp / 2", "kWarp / 4", "wrong"),
     "shared memory read before it is written": (
         "rmsnorm.cu",
-        "dweight[e * packs + pack] = 0.0f;",
+        "own[(pack / team * N + e) * stride] = 0.0f;",
         "{}",
         "wrong",
     ),
-    "wrong stride between rows": ("rmsnorm.cu", "first = row * packs", "first = row * (packs - 1)", "wrong"),
+    "wrong stride between rows": ("rmsnorm.cu", "start = row * packs", "start = row * (packs - 1)", "wrong"),
+    "sum over the neighbouring rows of a warp": (
+        "common/reduce.cuh",
+        "step = team / 2",
+        "step = team",
+        "wrong",
+    ),
+    "sums of other warps' row": ("common/reduce.cuh", "warp / warps * warps + lane", "lane", "wrong"),
+    "missing barrier before the teams' sums are added up": (
+        "rmsnorm.cu",
+        "  __syncthreads();  // before what other teams",
+        "  // before what other teams",
+        "wrong",
+    ),
+    "teams without a row stay away from a barrier": (
+        "rmsnorm.cu",
+        ROW,
+        f"{ROW} if (!end) break;",
+        "a shuffle that not every lane reaches|a barrier that not every thread reaches",
+    ),
+    "more shared memory than was asked for": (
+        "rmsnorm.cu",
+        "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)",
+        "cudaFuncAttributeMaxDynamicSharedMemorySize, 0)",
+        "an invalid launch configuration",
+    ),
     "more threads than a block may have": (
         "rmsnorm.cu",
-        "return whole > kMaxThreads ? kMaxThreads : whole;",
-        "return whole * 32;",
+        "return kMaxThreads / team * team;",
+        "return kMaxThreads * team;",
         "an invalid launch configuration",
     ),
 }
@@ -104,15 +131,15 @@ library = KernelLibrary(Path(sys.argv[1]), lambda: 0)
 for hidden in (64, 9):
     x, weight = torch.randn(3, hidden), torch.randn(hidden)
     normed, _, rstd = launch_forward(library, x, None, weight, 1e-5)
-    launch_backward(library, x, weight, rstd, normed, None, blocks=2)
+    launch_backward(library, x, weight, rstd, normed, None)
 print("clean")
 """
 
 
 @pytest.mark.parametrize("bug", [False, True], ids=["as shipped", "one pack too many"])
 def test_under_an_address_sanitizer(bug: bool, planted: Callable[..., Path], tmp_path: Path) -> None:
-    old = "pack < packs; pack += stride)\n    for (int e = 0; e < N; ++e) dweight"
-    new = old.replace("<", "<=", 1) if bug else old
+    old = "pack < packs; pack += team)\n    for (int e = 0; e < N; ++e) own"
+    new = old.replace("packs", "packs + team", 1) if bug else old
     path = planted("rmsnorm.cu", "rmsnorm.cu", old, new, "-fsanitize=address", "-g")
     runtime = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

@@ -18,7 +18,7 @@ from paralign.engine.backends.ours import FUSED, TORCH, Kernels, Ours, parts_of
 from paralign.engine.cli import app
 from paralign.engine.config.model import ModelConfig
 from paralign.engine.kernels import build, library
-from paralign.engine.kernels.library import Found, find_library, library_for, sources_digest
+from paralign.engine.kernels.library import Found, built_library, find_library, library_for, sources_digest
 from paralign.models import arch_from_hf
 from paralign.models.attention import sdpa_attention
 from paralign.models.decoder import Parts
@@ -104,6 +104,17 @@ def test_a_library_without_a_device_is_named_and_not_loaded(
     assert find_library() == Found(None, ("sm_90",), "built, but torch finds no CUDA device")
 
 
+def test_a_library_that_cannot_be_loaded(not_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_built.parent.mkdir()
+    not_built.write_bytes(b"no library")
+    not_built.with_suffix(".json").write_text(json.dumps({"architectures": ["sm_90"]}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = find_library()
+    assert found.library is None
+    assert "built, but cannot be loaded (" in found.reason
+    assert found.reason.endswith("run `paralign kernels build`")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_library_of_other_sources_is_refused(not_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     not_built.parent.mkdir()
@@ -116,8 +127,7 @@ def test_a_library_of_other_sources_is_refused(not_built: Path, monkeypatch: pyt
         target.with_suffix(".json").write_text(json.dumps({"architectures": ["sm_90"]}))
         monkeypatch.setattr(library, "LIBRARY", target)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        find_library.cache_clear()
-        found = find_library()
+        found = built_library()
         assert (found.library is None) == (digest == "other")
         assert found.reason == (
             "built from other sources; run `paralign kernels build`" if digest == "other" else ""

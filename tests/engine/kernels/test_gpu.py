@@ -49,7 +49,7 @@ def assert_as_exact_as_its_reference(operation: Callable, reference: Callable, i
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (7, 1001), (300, 8192)])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (7, 1001), (300, 8192), (5000, 128), (2048, 8192)])
 def test_rows(gpu: torch.device, dtype: torch.dtype, rows: int, hidden: int) -> None:
     del gpu
     x, r, w = (rand(*shape, dtype=dtype) for shape in ((rows, hidden), (rows + 1, hidden), (hidden,)))
