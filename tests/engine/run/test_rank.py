@@ -92,7 +92,7 @@ from paralign.engine.processes.launch import RankEnv
 from paralign.engine.processes.stop import Stop
 from paralign.engine.run import rank
 
-def meet_and_train(*arguments):
+def meet_and_train(*arguments, **options):
     import paralign.engine.parallel.mesh
     print(*asked)
     return True
@@ -119,6 +119,6 @@ def test_a_number_of_the_users_is_told_once(
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setattr(variables, "_compute_capability", lambda: 9)
-    monkeypatch.setattr(module, "meet_and_train", lambda *arguments: True)
+    monkeypatch.setattr(module, "meet_and_train", lambda *arguments, **options: True)
     assert module.run([str(project / "recipe.yaml")], Stop()) == 0
     assert ("CUDA_DEVICE_MAX_CONNECTIONS=8 stays" in capsys.readouterr().err) == (rank == 0)
