@@ -52,6 +52,7 @@ with warnings.catch_warnings():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import transformer_layer
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType, ModelType
     from megatron.core.transformer.identity_op import IdentityOp
@@ -67,10 +68,18 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+
+def _leave_out(module: ModuleType, beginning: str) -> None:
+    """Lines that a module logs in every run."""
+    logging.getLogger(module.__name__).addFilter(
+        lambda record: not record.getMessage().startswith(beginning),
+    )
+
+
 # A checkpoint's directory holds the recipe before megatron-core writes there.
-logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
-    lambda record: not record.getMessage().startswith("Overwriting old incomplete")
-)
+_leave_out(serialization, "Overwriting old incomplete")
+# Its own MLP by another name; what it is not given then, it finds by itself.
+_leave_out(transformer_layer, "Unknown MLP type")
 
 
 @contextmanager
