@@ -3,7 +3,8 @@
     python benchmarks/first_light.py [--geometry 8b|70b] [--only NAME ...] [--output benchmarks/results]
 
 Every step is a command of its own, with a time limit; the next one runs whatever became of it. Writes
-`first_light_DATE.json` and a page `first_light_DATE.md` after each step. The exit code is 1 if a step failed.
+`first_light_TIME.json` and a page `first_light_TIME.md` after each step, TIME that of the start: a second run does not
+write over the first. The exit code is 1 if a step failed.
 
 Without a GPU, steps that need one say so, and the others run small to show that they work: then nothing is written to
 `benchmarks/results` unless `--output` says so, and no figure counts.
@@ -75,6 +76,11 @@ def script(*arguments: str) -> Command:
     return lambda output: [sys.executable, *arguments, "--output", str(output)]
 
 
+def architecture() -> str:
+    """Of the first GPU: an nvcc that knows this one may be too old for the newest that kernels are built for."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def steps(geometry: str) -> list[Step]:
     """The first ten minutes on one GPU, then what takes several."""
     pytest = ("-m", "pytest", "-m", "gpu", "--timeout=900")
@@ -82,7 +88,10 @@ def steps(geometry: str) -> list[Step]:
     of = f"--geometry={geometry}"
     return [
         Step("driver", "which device and driver is it?", 1, lambda output: ["nvidia-smi"]),
-        Step("build", "does nvcc build the kernels?", 10, python(*paralign, "kernels", "build")),
+        Step(
+            *("build", "does nvcc build the kernels for this GPU?", 10),
+            lambda output: [sys.executable, *paralign, "kernels", "build", "--arch", architecture()],
+        ),
         Step(
             *("kernels", "which run, and do they agree with their definitions?", 3),
             *[python(*paralign, "kernels")] * 2,
@@ -155,8 +164,8 @@ def run(step: Step, gpus: int) -> Outcome:
         outcome.seconds = round(time.monotonic() - began, 1)
         lines = _without_places(log.read_text(errors="replace")).splitlines()
         outcome.printed = "\n".join(lines[-LINES_SHOWN:])
-        if output.exists():
-            outcome.facts = json.loads(output.read_text())
+        with suppress(OSError, ValueError):  # none, or half of it, from a command that was ended
+            outcome.facts = json.loads(output.read_text(), parse_constant=str)  # NaN is no JSON
     return outcome
 
 
@@ -175,9 +184,10 @@ def _without_places(text: str) -> str:
 
 def machine(gpus: int) -> dict[str, Any]:
     """What a figure depends on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = ""
+    with suppress(OSError):  # no git here
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "devices": [torch.cuda.get_device_name(i) for i in range(gpus)],
         "cores": os.cpu_count(),
@@ -205,7 +215,8 @@ def page(date: str, about: Mapping[str, Any], note: str, outcomes: Sequence[Outc
 
 def first_light(chosen: Sequence[Step], output: Path, gpus: int) -> bool:
     """Run the steps in order; whether none failed. The files are whole after each step."""
-    date, about = datetime.date.today().isoformat(), machine(gpus)
+    now, about = datetime.datetime.now(), machine(gpus)
+    date, files = now.date().isoformat(), output / f"first_light_{now:%Y-%m-%d_%H%M%S}"
     note = "" if gpus else "no GPU at hand: small sizes on the CPU; no figure here counts"
     output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -214,8 +225,8 @@ def first_light(chosen: Sequence[Step], output: Path, gpus: int) -> bool:
         outcomes.append(run(step, gpus))
         print(f"  {outcomes[-1].status}, {outcomes[-1].seconds} s", flush=True)
         facts = {"date": date, "note": note, "machine": about, "steps": [asdict(o) for o in outcomes]}
-        (output / f"first_light_{date}.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (output / f"first_light_{date}.md").write_text(page(date, about, note, outcomes))
+        files.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        files.with_suffix(".md").write_text(page(date, about, note, outcomes))
     return not any(outcome.status.startswith("failed") for outcome in outcomes)
 
 

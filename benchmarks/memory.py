@@ -42,7 +42,7 @@ def predict(geometry: Geometry, dtype: str) -> dict[str, Any]:
     """What the dry run says, in a process that sees no GPU."""
     command = [sys.executable, __file__, "--predict", json.dumps([asdict(geometry), dtype])]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     return dict(json.loads(said.splitlines()[-1]))
 
 

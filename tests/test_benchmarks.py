@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -53,6 +54,17 @@ def test_kernels_beside_their_peers(tmp_path: Path) -> None:
         *("clip + AdamW", "head", "weight gradient"),
     }
     assert (tmp_path / "kernels.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "device_gb"), [("8b", 80), ("70b", 141)])
+def test_a_geometry_fits_the_device_that_it_is_for(
+    name: str, device_gb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sixth beside the dry run's peak: a reference model, CUDA, NCCL, what the allocator leaves unused."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    memory = importlib.import_module("memory")
+    assert memory.predict(memory.GEOMETRIES[name], "bf16")["peak"] < device_gb * 1e9 * 5 / 6
 
 
 @pytest.mark.slow

@@ -27,15 +27,15 @@ def light() -> ModuleType:
 
 
 def test_goes_on_past_failures(light: ModuleType, tmp_path: Path) -> None:
-    facts = (
-        'import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text("[7]"); print("wrote", sys.executable)'
-    )
+    facts = 'import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text("[7, NaN]"); print("wrote", sys.executable)'
+    half = "import sys, pathlib, time; pathlib.Path(sys.argv[-1]).write_text('[1, '); time.sleep(9)"
     sleeper = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{_sleep(tmp_path)}'])"
     small = {
         "fails": light.python("-c", "raise SystemExit('not today')"),
         "hangs": light.python("-c", sleeper),
         "missing": lambda output: ["/no/such/command"],
         "writes": light.script("-c", facts),
+        "writes half": light.script("-c", half),
     }
     chosen = [light.Step(name, "", 0.05, small[name], small[name]) for name in small]
     chosen.insert(1, light.Step("needs a device", "", 1, small["fails"]))
@@ -51,14 +51,31 @@ def test_goes_on_past_failures(light: ModuleType, tmp_path: Path) -> None:
         "failed: not done after 0.05 minutes",
         "failed: [Errno 2] No such file or directory: '/no/such/command'",
         "passed",
+        "failed: not done after 0.05 minutes",
     ]
     assert outcomes["fails"]["printed"] == "not today"
-    assert outcomes["writes"]["facts"] == [7]
+    assert outcomes["writes"]["facts"] == [7, "NaN"]  # JSON that others can read, too
+    assert outcomes["writes half"]["facts"] is None
     assert outcomes["writes"]["printed"] == "wrote python"  # not where it lies on this machine
     page = path.with_suffix(".md").read_text()
     assert "| hangs |  | failed: not done after 0.05 minutes |" in page
-    time.sleep(1.2)
+    time.sleep(1.2)  # also until the next second, for the names of the files
     assert not (tmp_path / "outlived").exists()  # what the step started has ended with it
+
+    light.first_light(chosen[:1], tmp_path, gpus=0)
+    assert len(list(tmp_path.glob("first_light_*.json"))) == 2  # nothing is written over
+
+
+def test_a_machine_without_git(light: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert light.machine(gpus=0)["commit"] == ""
+
+
+def test_kernels_are_built_for_this_gpu(light: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that they can be built for takes longer, and an nvcc that knows the newest of them."""
+    monkeypatch.setattr(light.torch.cuda, "get_device_capability", lambda: (9, 0))
+    (build,) = (step for step in light.steps("8b") if step.name == "build")
+    assert build.command(Path("facts.json"))[-4:] == ["kernels", "build", "--arch", "sm_90"]
 
 
 def _sleep(directory: Path) -> str:

@@ -140,9 +140,15 @@ class Machine:
         except (AssertionError, subprocess.TimeoutExpired) as failure:
             problem = str(failure)
         passed = not problem and (bound is None or error <= bound)
-        run = {"name": name, "passed": passed, "error": error, "bound": bound, "problem": problem}
-        self.found["runs"].append(run | {"first_step_seconds": seconds})
-        self._output.write_text(json.dumps(self.found, indent=1) + "\n")
+        numbers = {"error": error, "bound": bound, "first_step_seconds": seconds}
+        self.found["runs"].append(
+            {"name": name, "passed": passed, "problem": problem}
+            | {
+                key: number if number is None or math.isfinite(number) else None
+                for key, number in numbers.items()
+            }
+        )
+        self._output.write_text(json.dumps(self.found, indent=1, allow_nan=False) + "\n")
         limit = "" if bound is None else f" (at most {bound:.1e})"
         told = f"error {error:.1e}{limit}, first step after {seconds:.1f} s"
         print(f"{'ok' if passed else 'FAILED':7}{name:45} {problem or told}", flush=True)
