@@ -3,8 +3,8 @@
     python benchmarks/first_light.py [--geometry 8b|70b] [--only NAME ...] [--output benchmarks/results]
 
 Every step is a command of its own, with a time limit; the next one runs whatever became of it. Writes
-`first_light_TIME.json` and a page `first_light_TIME.md` after each step, TIME that of the start: a second run does not
-write over the first. The exit code is 1 if a step failed.
+`first_light_TIME.json` and a page `first_light_TIME.md` after each step; TIME is that of the start, so that a second
+run does not write over the first. The exit code is 1 if a step failed.
 
 Without a GPU, steps that need one say so, and the others run small to show that they work: then nothing is written to
 `benchmarks/results` unless `--output` says so, and no figure counts.
