@@ -73,7 +73,8 @@ class Epochs:
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._packing = packing
-        self.plan = lru_cache(maxsize=1)(self._plan)
+        # Two: the next step may be the first of an epoch while the last of the one before is still counted.
+        self.plan = lru_cache(maxsize=2)(self._plan)
         self._first_steps = [0]  # of epoch 0, 1, … as far as they were asked for
 
     def first_step(self, epoch: int) -> int:

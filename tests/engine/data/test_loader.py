@@ -199,3 +199,16 @@ def test_steps_may_be_made_on_one_thread_while_another_counts(
         steps = thread.map(both.step, range(20))
         counted = [both.tokens_before(k) for k in range(20)]
         assert [(step.sample_ids, tokens) for step, tokens in zip(steps, counted)] == expected
+
+
+def test_no_epoch_is_planned_twice_though_steps_are_made_one_ahead(
+    cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+):
+    planned: list[int] = []
+    find = Epochs._plan
+    monkeypatch.setattr(Epochs, "_plan", lambda self, epoch: (planned.append(epoch), find(self, epoch))[1])
+    ahead = loader(cache)
+    for step in range(3 * ahead.epochs.first_step(1)):
+        ahead.step(step + 1)
+        ahead.tokens_before(step + 1)
+    assert planned == sorted(set(planned))
