@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .mcore import MLP, TransformerLayer
+from .mcore import MLP, MLPSubmodules, ProcessGroupCollection, TransformerLayer
 from .recompute import free_until_backward
 from .segments import Segments
 
@@ -45,6 +45,10 @@ class Layer(TransformerLayer):
 
 class GatedMLP(MLP):
     """Megatron's MLP without biases. Its first product is all that `recompute_modules: mlp` computes again."""
+
+    def __init__(self, config: Any, submodules: MLPSubmodules, **unused: Any) -> None:
+        del unused  # what a layer hands to an MLP that is not Megatron's own differs by version
+        super().__init__(config, submodules, tp_group=ProcessGroupCollection.use_mpu_process_groups().tp)
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
         """(T, 1, H) to (T, 1, H); the second value is Megatron's bias."""

@@ -155,6 +155,7 @@ class Trainer:
     def _end(self, message: str) -> NoReturn:
         """End the run with an error that all ranks have found; what is still being written is from before it."""
         self.checkpoints.finish()
+        self.learner.model.mesh.barrier()  # the first to leave has the others ended, and rank 0 has to write it down
         raise TrainingError(message)
 
     def _refuse_unsound(self, step: int) -> None:
