@@ -94,7 +94,8 @@ def steps(geometry: str) -> list[Step]:
         ),
         Step(
             *("kernels", "which run, and do they agree with their definitions?", 3),
-            *[python(*paralign, "kernels")] * 2,
+            python(*paralign, "kernels", "--required"),
+            python(*paralign, "kernels"),
         ),
         Step(
             *("kernel tests", "does every kernel, and attention, agree with a reference?", 15),

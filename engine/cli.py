@@ -408,7 +408,10 @@ def pack_data(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @kernels_app.callback(invoke_without_command=True)
-def list_kernels(context: typer.Context) -> None:
+def list_kernels(
+    context: typer.Context,
+    required: Annotated[bool, typer.Option("--required", help="Fail where torch runs instead.")] = False,
+) -> None:
     """List the fused operations, what runs them here, and whether it agrees with their definition."""
     if context.invoked_subcommand is not None:
         return
@@ -431,7 +434,7 @@ def list_kernels(context: typer.Context) -> None:
     console.print(
         f"device {device.type}; architectures built: {built}" + (f"; {found.reason}" * bool(found.reason))
     )
-    if not all(row.agrees for row in rows):
+    if not all(row.agrees for row in rows) or (required and found.library is None):
         raise typer.Exit(1)
 
 

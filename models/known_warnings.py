@@ -9,6 +9,7 @@ _OF_OURS = (  # what the start-up block, and processes/variables.py, say once
 )
 _OF_ITS_OWN = (
     "full scope is deprecated",
+    "MimoModelConfig is experimental",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     "`torch.distributed.* is deprecated",
     r"barrier\(\): using the device under current context",  # the right one: mesh.py has set it

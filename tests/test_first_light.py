@@ -78,6 +78,13 @@ def test_kernels_are_built_for_this_gpu(light: ModuleType, monkeypatch: pytest.M
     assert build.command(Path("facts.json"))[-4:] == ["kernels", "build", "--arch", "sm_90"]
 
 
+def test_kernels_that_a_gpu_refuses_fail_a_step(light: ModuleType) -> None:
+    """And torch in their place does not on a machine without one."""
+    (kernels,) = (step for step in light.steps("8b") if step.name == "kernels")
+    assert kernels.command(Path())[-2:] == ["kernels", "--required"]
+    assert kernels.small(Path())[-1] == "kernels"
+
+
 def _sleep(directory: Path) -> str:
     return f'import time; time.sleep(4); open("{directory}/outlived", "w")'
 

@@ -150,6 +150,8 @@ def test_the_command_lists_every_operation_and_its_self_check() -> None:
         assert name in result.output
     assert "agrees" in result.output
     assert "DIFFERS" not in result.output
+    # What the first minutes on a GPU ask: tests that need kernels are skipped where these cannot run.
+    assert CliRunner().invoke(app, ["kernels", "--required"]).exit_code == 1
 
 
 def test_a_build_without_nvcc_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
