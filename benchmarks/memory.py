@@ -9,9 +9,12 @@ Writes JSON; the exit code is 1 where more than 1.1 times the prediction was all
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run, before torch reads it
+
 import argparse
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict

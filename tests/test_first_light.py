@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from .distributed import machine
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "first_light.py"
 
@@ -95,6 +98,24 @@ def test_a_step_of_several_gpus_waits_for_them(light: ModuleType, tmp_path: Path
         "passed",
         "needs 2 GPU(s), here are 1",
         "passed",
+    ]
+
+
+def test_a_run_that_fails_leaves_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is infinite, and no number of JSON."""
+    monkeypatch.setattr(machine, "make_toy", lambda directory: None)
+    runs = machine.Machine(tmp_path, 2, tmp_path / "machine.json")
+
+    def fails() -> Any:
+        raise AssertionError("exit code 1")
+
+    off = runs._hold("one rank, bf16", fails, {}, None)
+    runs._hold("TP2, bf16", lambda: ({0: 1.0}, 2.5), {0: 1.0}, 3 * off)
+    text = (tmp_path / "machine.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)["runs"]
+    assert [(run["passed"], run["error"], run["bound"]) for run in found] == [
+        (False, None, None),
+        (True, 0.0, None),
     ]
 
 

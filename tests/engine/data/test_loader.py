@@ -201,6 +201,17 @@ def test_steps_may_be_made_on_one_thread_while_another_counts(
         assert [(step.sample_ids, tokens) for step, tokens in zip(steps, counted)] == expected
 
 
+def test_another_thread_makes_tensors_on_the_gpu_of_this_rank(
+    cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    share, gpu = Share(0, 1, 1), torch.device("cuda", 3)
+    for device in (CPU, gpu):
+        PackLoader(cache, global_batch_size=4, seed=1, share=share, device=device).begin_thread()
+    assert chosen == [gpu]
+
+
 def test_no_epoch_is_planned_twice_though_steps_are_made_one_ahead(
     cache: TokenCache, monkeypatch: pytest.MonkeyPatch
 ):
