@@ -16,6 +16,7 @@ from .launch import RankEnv
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _BLACKWELL = 10  # compute capability
+_DRIVER = Path("/dev/nvidiactl")
 
 
 def set_before_cuda(rank: int, run_dir: Path, *, tensor_parallel: bool) -> str:
@@ -64,15 +65,19 @@ def check_interface(env: RankEnv) -> None:
 
 
 def _compute_capability() -> int:
-    """The major number, of this machine's first GPU; 0 without one. Asks the driver, and does not start CUDA."""
+    """The major number, of this machine's first GPU; 0 without one. Asks the driver, and does not start CUDA.
+
+    Some containers have the driver without NVML. A GPU there counts as an old one, 1.
+    """
+    unknown = int(_DRIVER.exists())
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return 0
+        return unknown
     gpu, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
     failed = (
         nvml.nvmlInit_v2()
         or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu))
         or nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor))
     )
-    return 0 if failed else major.value
+    return unknown if failed else major.value

@@ -42,6 +42,22 @@ def test_kernels_start_in_order_where_megatron_relies_on_it(
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_that_cannot_be_asked_counts_as_an_old_one(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that has the driver without NVML."""
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(variables.ctypes, "CDLL", missing)
+    monkeypatch.setattr(variables, "_DRIVER", tmp_path if there else tmp_path / "nothing")
+    set_before_cuda(0, tmp_path, tensor_parallel=True)
+    assert os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None) == ("1" if there else None)
+
+
 def test_a_number_of_the_users_stays_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_gpus_of(9, monkeypatch)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
