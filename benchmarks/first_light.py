@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from paralign.engine.processes.child import die_with_parent
+
 ROOT = Path(__file__).parents[1]
 LINES_SHOWN = 60
 Command = Callable[[Path], list[str]]  # from where it is to write its JSON
@@ -152,6 +154,7 @@ def run(step: Step, gpus: int) -> Outcome:
                     cwd=ROOT,
                     env=os.environ | {"PYTHONWARNINGS": "ignore"},
                     start_new_session=True,
+                    preexec_fn=die_with_parent,  # where this one is killed, or its terminal goes
                 )
             try:
                 code = process.wait(60 * step.minutes)

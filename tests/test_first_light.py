@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from .distributed import machine
+from .distributed.processes import Processes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "first_light.py"
 
@@ -67,6 +69,20 @@ def test_goes_on_past_failures(light: ModuleType, tmp_path: Path) -> None:
 
     light.first_light(chosen[:1], tmp_path, gpus=0)
     assert len(list(tmp_path.glob("first_light_*.json"))) == 2  # nothing is written over
+
+
+def test_a_step_ends_with_what_started_it(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    sleeper = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    code = f"from first_light import *; step = python('-c', {sleeper!r}); run(Step('', '', 1, step, step), 0)"
+    with Processes(tmp_path / "log") as processes:
+        process = processes.start(
+            [sys.executable, "-c", code], PYTHONPATH=os.pathsep.join([str(SCRIPT.parent), *sys.path])
+        )
+        processes.wait_until(begun.exists)
+        process.kill()
+        process.wait()
+        assert processes.left() == []
 
 
 def test_a_machine_without_git(light: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
