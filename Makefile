@@ -21,7 +21,7 @@ test: lint
 # What megatron-core could break, on the newest one: five minutes, one of them for its environment.
 test-newest: .venv-newest/installed
 	$(NEWEST)/python -m pytest -m "not certificate" tests/models/test_mcore.py \
-	  $(patsubst %,tests/distributed/test_%.py,certificate resume kernels beside_te broken_checkpoints)
+	  $(patsubst %,tests/distributed/test_%.py,certificate resume kernels beside_te broken_checkpoints known_warnings)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
