@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue, SimpleQueue
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +96,13 @@ def _renamed(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, theirs)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """megatron-core's optimizer collects no garbage after it has described its state, which takes up to a second."""
+    with _renamed(distrib_optimizer, "gc", SimpleNamespace(collect=lambda: None)):
+        yield
 
 
 class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy):

@@ -319,7 +319,9 @@ def write_tensor(directory, *tensor, n_bytes):
 )
 def test_a_tensor_that_cannot_be_is_refused(tmp_path, tensor):
     write_tensor(tmp_path, *tensor, n_bytes=192)
-    refused = pytest.raises(CheckpointError, match=r"a: not a tensor as torch\.save writes it .*copy the check")
+    refused = pytest.raises(
+        CheckpointError, match=r"a: not a tensor as torch\.save writes it .*copy the check"
+    )
     with refused:
         load(tmp_path, {"a": torch.zeros(6, 8)})
     with refused:
