@@ -100,7 +100,7 @@ def _renamed(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def nothing_collected() -> Iterator[None]:
-    """megatron-core's optimizer collects no garbage after it has described its state, which takes up to a second."""
+    """megatron-core's optimizer describes its state and collects no garbage then, which takes up to a second."""
     with _renamed(distrib_optimizer, "gc", SimpleNamespace(collect=lambda: None)):
         yield
 

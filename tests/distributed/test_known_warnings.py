@@ -6,8 +6,6 @@ import logging
 import warnings
 from pathlib import Path
 
-import pytest
-
 from paralign.models import known_warnings
 
 from .pool import RankPool
@@ -33,11 +31,10 @@ def _said(rank: int, world_size: int, recipe: Path) -> list[str]:
     return [str(warning.message) for warning in warned] + [record.getMessage() for record in logged]
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-def test_a_run_says_only_what_is_new(tmp_path: Path, async_save: bool, ranks: RankPool) -> None:
+def test_a_run_says_only_what_is_new(tmp_path: Path, ranks: RankPool) -> None:
     """From its start, and from its checkpoint on."""
     make_toy(tmp_path)
-    for last_step in (4, 8):
+    for last_step, async_save in ((4, False), (8, True)):
         recipe = write_recipe(
             *(tmp_path, "run", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
             train__max_steps=last_step,
