@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue, SimpleQueue
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -81,9 +81,10 @@ def _leave_out(module: ModuleType, beginning: str) -> None:
 _leave_out(serialization, "Overwriting old incomplete")
 # Its own MLP by another name; what it is not given then, it finds by itself.
 _leave_out(transformer_layer, "Unknown MLP type")
-# 0.19 would be given the layout of its buffers, which it makes as before, and its writer by another package.
+# 0.19 would have buckets laid out by its caller, a child written by another library, and no `common.pt` read.
 _leave_out(distributed_data_parallel, "DistributedDataParallel: full_param_layout not provided")
 _leave_out(torch_strategies, "MCore's async save is deprecated")
+_leave_out(common, "load_common is deprecated")
 
 
 @contextmanager
@@ -95,6 +96,13 @@ def _renamed(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, theirs)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """megatron-core's optimizer describes its state and collects no garbage then, which takes up to a second."""
+    with _renamed(distrib_optimizer, "gc", SimpleNamespace(collect=lambda: None)):
+        yield
 
 
 class TorchDistSaveShardedStrategy(torch_strategies.TorchDistSaveShardedStrategy):

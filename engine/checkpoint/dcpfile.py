@@ -146,12 +146,8 @@ class CheckpointFiles:
         n_elements = record.length // plan.dtype.itemsize
         if not n_elements:
             return torch.empty(plan.shape, dtype=plan.dtype)
-        path = self._directory / item.relative_path
         flat = self._mapped[item.relative_path].tensor(record.start, plan.dtype, n_elements)
-        try:
-            return flat.as_strided(plan.shape, plan.stride, plan.first)
-        except Exception as error:  # of a plan that does not fit its bytes
-            raise unreadable(f"{path}: {name}: not a tensor as torch.save writes it", error) from None
+        return flat.as_strided(plan.shape, plan.stride, plan.first)
 
     def _record(self, name: str, item: Any) -> _Record:
         self._files.check()
@@ -191,7 +187,8 @@ def record_at(path: Path, name: str, item: Any) -> _Record:
             lengths = file.read(4)  # of the name, two bytes, and of the extra: the archive's end has others
         skipped = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
         start = header + 30 + skipped
-        if start + info.file_size > item.offset + item.length:
+        too_long = start + info.file_size > item.offset + item.length
+        if too_long or plan.end * plan.dtype.itemsize > info.file_size:
             raise pickle.UnpicklingError("it is cut off")
         return _Record(plan, start, info.file_size, info.CRC)
     except Exception as error:  # of a file that is not one, anything
@@ -225,16 +222,7 @@ class StateReader(MetadataReader):
             stored = self.read_metadata().state_dict_metadata[index.fqn]
             sizes = next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
             refuse_other_piece(path, index.fqn, record.plan, sizes, stored)
-            try:
-                self._fill(target, path, record, wanted.storage_offsets)
-            except (
-                EOFError,
-                ArithmeticError,
-                RuntimeError,
-            ) as error:  # of a plan that does not fit its bytes
-                raise unreadable(
-                    f"{path}: {index.fqn}: not a tensor as torch.save writes it", error
-                ) from None
+            self._fill(target, path, record, wanted.storage_offsets)
             planner.commit_tensor(wanted, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -249,12 +237,12 @@ class StateReader(MetadataReader):
         rows = target if target.dim() else target.view(1)
         width = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape[1:], strides[1:]))
         with path.open("rb", buffering=0) as file:
-            for block in rows.split(max(1, AT_ONCE // (strides[0] * itemsize))):
+            for block in rows.split(max(1, AT_ONCE // (max(strides[0], 1) * itemsize))):
                 n_elements = (len(block) - 1) * strides[0] + width
                 held = torch.empty(n_elements, dtype=record.plan.dtype, pin_memory=block.is_cuda)
                 n_read = read_stretch(file.fileno(), raw(held), record.start + first * itemsize)
-                if n_read < held.nbytes or first + n_elements > record.length // itemsize:
-                    raise EOFError("it is cut off")
+                if n_read < held.nbytes:
+                    raise CheckpointError(f"{path}: was cut off while it was read; copy the checkpoint again")
                 block.copy_(held.as_strided(block.shape, strides))
                 first += len(block) * strides[0]
                 self.n_bytes += n_read
@@ -330,6 +318,13 @@ class _TensorPlan(NamedTuple):
         _Pickler(buffer, protocol=2).dump(_Rebuilt(self))
         return buffer.getvalue()
 
+    @property
+    def end(self) -> int:
+        """Of the elements that the bytes must hold, how many."""
+        if 0 in self.shape:
+            return 0
+        return 1 + self.first + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
+
     @classmethod
     def load(cls, pickled: bytes) -> _TensorPlan:
         """Runs nothing that the pickle names; raises UnpicklingError for any but a dense tensor."""
@@ -371,7 +366,12 @@ class _Pickler(pickle.Pickler):
 
 
 def _plan(storage: tuple[str, torch.dtype], first: int, shape: Shape, stride: Shape, *_: Any) -> _TensorPlan:
-    return _TensorPlan(*storage, tuple(shape), tuple(stride), first)
+    plan = _TensorPlan(*storage, tuple(shape), tuple(stride), first)
+    numbers = (first, *plan.shape, *plan.stride)
+    natural = all(type(number) is int and number >= 0 for number in numbers)
+    if not natural or len(plan.shape) != len(plan.stride) or plan.dtype not in STORAGES.values():
+        raise pickle.UnpicklingError("it holds what no tensor has")
+    return plan
 
 
 STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}

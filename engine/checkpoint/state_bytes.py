@@ -12,7 +12,7 @@ class StateBytes:
     """Of one rank. A save and a load move the same bytes between it and the disk.
 
     Attributes:
-        disk: written by a save; read by a load.
+        disk: written by a save; read by a load, in fp32 without the weights, which the optimizer has.
         host: copied before an asynchronous save writes; a load holds 16 MiB at a time.
         received: weights that other copies of the model have read, at a load.
     """

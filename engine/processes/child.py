@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,7 +46,8 @@ class ChildDied(Exception):
 class Child(Generic[T]):
     """`work` in a process of its own, forked at once; to be made in a thread that stays.
 
-    What the signal mask blocks here is blocked there. The child starts no thread, and touches no GPU.
+    What the signal mask blocks here is blocked there. The child starts no thread, and touches no GPU: nor does it
+    collect garbage of this process, among it pinned memory, which is not freed without the driver.
     """
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -119,6 +121,7 @@ class InThread(Generic[T]):
 
 def _answering(work: Callable[[], Any], answer: Connection, theirs: Connection, parent: int) -> None:
     die_with_parent(parent)
+    gc.disable()
     theirs.close()
     try:
         found = (False, work())

@@ -67,7 +67,8 @@ def refuse_other_buckets(
         for key, value in present.items()
         if key not in (_CONTENT, _RANKS) and saved.get(key) != value
     ] or ["other parameters in a bucket there than here, by another version of a library"]
-    command = f"paralign train {shlex.quote(str(directory / recipe))} checkpoint.resume=auto --resave"
+    here = shlex.quote(f"run_dir={directory.absolute().parent.parent}")  # a copy's recipe names another
+    command = f"paralign train {shlex.quote(str(directory / recipe))} {here} checkpoint.resume=auto --resave"
     raise CheckpointError(
         f"{directory}: was saved with checkpoint.layout: same, and goes on at that layout only: "
         f"{', '.join(differing)}; `{command} --nproc {saved.get(_RANKS)}` writes it again so that any layout loads "

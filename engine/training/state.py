@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from paralign.models.arch import Arch
@@ -188,15 +189,23 @@ class NativeCheckpoints:
             refuse_other_buckets(directory, RECIPE, progress.buckets, buckets_of(self._model))
         reader = StateReader(directory)
         refuse_more_than_tensors(reader)
+        wanted = self._state(is_loading=True, same=bool(progress.buckets))
+        # In fp32 the optimizer's weights are the model's: those that were saved in bf16 must not go over them.
+        in_fp32 = self._model.config.params_dtype == torch.float32
+        modules = {} if in_fp32 else dict(self._keyed_modules())
+        wanted = {key: part for key, part in wanted.items() if key in modules or key == "optimizer"}
         with weights_only(), read_through(reader), _what_a_rank_found():
             state = dist_checkpointing.load(
-                self._state(is_loading=True, same=bool(progress.buckets)),
+                wanted,
                 str(directory),
                 FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), self._mesh.dp.group),
             )
-        for key, module in self._keyed_modules():
+        for key, module in modules.items():
             module.load_state_dict(state[key])
         self._optimizer.megatron.load_state_dict(state["optimizer"])
+        if in_fp32:
+            for chunk in self._model.chunks:
+                chunk.start_param_sync(force_sync=True)
         return progress
 
     def _keyed_modules(self) -> list[tuple[str, Any]]:

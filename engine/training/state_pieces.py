@@ -14,13 +14,24 @@ from typing import Any
 
 from torch import Tensor
 
-from paralign.models.mcore import DistributedOptimizer, ShardedTensor, ShardedTensorFactory, nested_values
+from paralign.models.mcore import (
+    DistributedOptimizer,
+    ShardedTensor,
+    ShardedTensorFactory,
+    nested_values,
+    nothing_collected,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StateInPieces(DistributedOptimizer):
     """Megatron's distributed optimizer, whose `fully_reshardable` state is views of what it holds."""
+
+    def sharded_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """megatron-core's; what it would collect is left of its gather."""
+        with nothing_collected():
+            return super().sharded_state_dict(*arguments, **options)
 
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None

@@ -32,11 +32,14 @@ def _said(rank: int, world_size: int, recipe: Path) -> list[str]:
 
 
 def test_a_run_says_only_what_is_new(tmp_path: Path, ranks: RankPool) -> None:
+    """From its start, and from its checkpoint on."""
     make_toy(tmp_path)
-    recipe = write_recipe(
-        *(tmp_path, "run", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        train__max_steps=4,
-        train__eval_every_steps=None,
-        checkpoint__save_every_steps=4,
-    )
-    assert ranks.run(2, _said, recipe) == [["news"], ["news"]]
+    for last_step, async_save in ((4, False), (8, True)):
+        recipe = write_recipe(
+            *(tmp_path, "run", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+            train__max_steps=last_step,
+            train__eval_every_steps=None,
+            checkpoint__save_every_steps=4,
+            checkpoint__async_save=async_save,
+        )
+        assert ranks.run(2, _said, recipe) == [["news"], ["news"]]

@@ -16,9 +16,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from paralign.engine.checkpoint import store
 from paralign.engine.checkpoint.convert import convert
+from paralign.engine.checkpoint.dcpfile import CheckpointFiles
 from paralign.engine.checkpoint.manifest import MANIFEST
 from paralign.engine.checkpoint.unpickle import MetadataReader, read_metadata, refuse_more_than_tensors
 from paralign.engine.checkpoint.verify import check_against_manifest
+from paralign.engine.parallel.mesh import open_mesh
+from paralign.engine.processes.stop import Stop
+from paralign.engine.run.assemble import build_trainer
+from paralign.engine.run.check import check
+from paralign.engine.run.recipe import load
 from paralign.models.errors import CheckpointError, WeightsError
 
 from ..harm import Harm
@@ -82,6 +88,25 @@ def test_two_copies_in_bf16_are_equal_to_the_bit(trained: Path, ranks: RankPool)
     ranks.run(2, train_recipe, recipe)
     assert metrics_of(trained / "bf16") == straight
     assert_weights_equal(trained / "bf16/hf/final", trained / "bf16-final")
+
+
+def _other_weights(rank: int, world_size: int, recipe: Path) -> list[str]:
+    """Of weights as they are when the run has been resumed, those that are not the fp32 weights of its state."""
+    report = check(load(recipe), world_size)
+    saved = CheckpointFiles(report.recipe.run_dir / "checkpoints/iter_0000005")
+    with open_mesh(report.layout, local_rank=rank, seed=1) as mesh:
+        model = build_trainer(report, mesh, Stop()).learner.model
+        return [
+            name
+            for name, weight in model.named_weights()
+            if not torch.equal(weight, saved.read(f"optimizer.state.param.{name}"))
+        ]
+
+
+def test_a_state_of_bf16_goes_on_in_fp32_with_its_fp32_weights(trained: Path, ranks: RankPool) -> None:
+    ranks.run(2, train_recipe, write_recipe(trained, "wider", {}, model__dtype="bf16", train__max_steps=5))
+    recipe = write_recipe(trained, "wider", {}, model__dtype="fp32")
+    assert ranks.run(2, _other_weights, recipe) == [[], []]
 
 
 @pytest.mark.parametrize("layout", list(OTHERS))
@@ -192,7 +217,7 @@ def test_code_in_a_checkpoint_is_refused(trained: Path, tmp_path: Path, where: s
         torch.save({"optimizer": harm}, directory / where)
     else:
         (directory / where).write_bytes(pickle.dumps(harm))
-    recipe = write_recipe(trained, name, {})
+    recipe = write_recipe(trained, name, {}, model__dtype="bf16")  # in fp32 nothing of a layer is opened
     with pytest.raises(RankFailure, match=r"it holds more than tensors: .*mkdir.*nothing of it was run"):
         ranks.run(1, train_recipe, recipe)
     with pytest.raises(RankFailure):

@@ -121,11 +121,9 @@ def test_the_command_that_an_error_names_makes_it_go_on_anywhere(trained: Path, 
         ranks.run(1, train_recipe, recipe)
     words = _command_of(str(refused.value))
     assert words[:2] == ["paralign", "train"]
-    assert words[4:] == ["--resave", "--nproc", "4"]
-    # What the checkpoint came from ran elsewhere: its recipe names another run_dir here.
-    overrides = [words[3], f"run_dir={trained / 'moved'}"]
+    assert words[5:] == ["--resave", "--nproc", "4"]
     before = store.read_progress(trained / "moved/checkpoints/iter_0000005")
-    ranks.run(4, resave, Path(words[2]), overrides)
+    ranks.run(4, resave, Path(words[2]), words[3:5])  # the recipe there names the run that it is a copy from
     after = store.read_progress(trained / "moved/checkpoints/iter_0000005")
     assert before.buckets
     assert not after.buckets

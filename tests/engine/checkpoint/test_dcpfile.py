@@ -3,6 +3,8 @@
 import io
 import pickle
 import zipfile
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +276,64 @@ def test_a_damaged_training_state_is_called_that(tmp_path):
     write_metadata(tmp_path, {"a": (6, 8)}, torch.bfloat16, {"a": stretches["a"]})
     with pytest.raises(CheckpointError, match=r"a: a piece of \(6, 8\), torch.float32, where .metadata says"):
         load(tmp_path, targets)
+
+
+class _Tensor:
+    """Pickles as a tensor of these bytes: kind of its storage, first element, shape, stride."""
+
+    def __init__(self, kind, *numbers):
+        self.storage, self.numbers = SimpleNamespace(kind=kind), numbers
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (self.storage, *self.numbers, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return ("storage", obj.kind, "0", "cpu", 48) if isinstance(obj, SimpleNamespace) else None
+
+
+def write_tensor(directory, *tensor, n_bytes):
+    """A tensor of (6, 8) in float32, as `.metadata` has it, whose own pickle says what is given here."""
+    pickled, content = io.BytesIO(), io.BytesIO()
+    _Pickler(pickled, protocol=2).dump(_Tensor(*tensor))
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled.getvalue())
+        archive.writestr("archive/data/0", torch.arange(n_bytes // 4).float().numpy().tobytes())
+    (directory / "__0_0.distcp").write_bytes(content.getvalue())
+    stretch = dcpfile.Stretch("__0_0.distcp", 0, content.tell())
+    write_metadata(directory, {"a": (6, 8)}, torch.float32, {"a": stretch})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        *((torch.FloatStorage, first, (6, 8), (8, 1)) for first in (-3, -(10**6), 1, 0.5, "x", 10**30)),
+        *(
+            (torch.FloatStorage, 0, (6, 8), stride)
+            for stride in ((-8, 1), (8.0, 1.0), ("a", "b"), (True, 1), (8, 10**10), (8,), (), (8, 1, 1))
+        ),
+        (torch.FloatStorage, 0, (6.0, 8.0), (8, 1)),
+        ("float", 0, (6, 8), (8, 1)),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(tmp_path, tensor):
+    write_tensor(tmp_path, *tensor, n_bytes=192)
+    refused = pytest.raises(
+        CheckpointError, match=r"a: not a tensor as torch\.save writes it .*copy the check"
+    )
+    with refused:
+        load(tmp_path, {"a": torch.zeros(6, 8)})
+    with refused:
+        CheckpointFiles(tmp_path).read("a")
+
+
+def test_a_tensor_whose_rows_are_one_is_read(tmp_path):
+    write_tensor(tmp_path, torch.FloatStorage, 0, (6, 8), (0, 1), n_bytes=32)
+    found = {"a": torch.zeros(6, 8)}
+    load(tmp_path, found)
+    assert torch.equal(found["a"], torch.arange(8.0).expand(6, 8))
+    assert torch.equal(CheckpointFiles(tmp_path).read("a"), found["a"])
 
 
 def test_a_tensor_in_a_training_state_runs_nothing(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -37,6 +38,30 @@ def test_a_child_that_is_killed_is_known_at_once_and_says_how() -> None:
         child.result()
     with pytest.raises(ChildDied, match="exit code 7"):
         Child(lambda: os._exit(7)).result()
+
+
+def test_a_child_frees_nothing_that_this_process_has_left() -> None:
+    freed: list[int] = []
+
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(os.getpid())
+
+    def work() -> list[int]:
+        kept = [[number] for number in range(100_000)]  # what has the collector look at all there is
+        return freed[: len(kept)]
+
+    gc.disable()
+    try:
+        Left()
+        gc.enable()
+        child = Child(work)
+        assert child.pid not in child.result()
+    finally:
+        gc.enable()
 
 
 def test_a_child_that_is_not_wanted_is_ended() -> None:
