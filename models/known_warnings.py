@@ -9,13 +9,12 @@ _OF_OURS = (  # what the start-up block, and processes/variables.py, say once
 )
 _OF_ITS_OWN = (
     "full scope is deprecated",
-    "MimoModelConfig is experimental",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     "`torch.distributed.* is deprecated",
     "`load_state_dict` is deprecated",
     "MimoModelConfig is experimental",
-    "torch.distributed is disabled, unavailable or uninitialized",  # 0.19 reads what is no tensor on each rank alone,
-    "The argument order of load has been changed",  # and so
+    "torch.distributed is disabled, unavailable or uninitialized",  # 0.19 reads what is no tensor on each rank
+    "The argument order of load has been changed",  # the same
     r"barrier\(\): using the device under current context",  # the right one: mesh.py has set it
 )
 
