@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from paralign.engine.parallel.mesh import open_world
+from paralign.engine.processes.child import die_with_parent
 
 # Imported before the fork, so that no rank pays for it again.
 from paralign.engine.training import build, optim, step  # noqa: F401
@@ -41,6 +42,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, connection: Connection) -> None:
+    die_with_parent()  # where a test run is killed; the others hold this one's pipe open
     os.setsid()  # what a rank starts, such as the writers of a checkpoint, is to end with it
     while True:
         try:
