@@ -111,19 +111,23 @@ class RankPool:
             connection.send_bytes(message)
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
+        failed = 0.0
         deadline = time.monotonic() + timeout
-        while len(results) < world_size and not failures:
+        # A rank that died may be seen a moment later than those that missed it.
+        while len(results) + len(failures) < world_size and (not failures or time.monotonic() < failed + 0.1):
             for rank, (process, connection) in enumerate(self.workers[:world_size]):
-                if rank in results or not connection.poll(0.002):
+                if rank in results or rank in failures or not connection.poll(0.002):
                     continue
                 try:
                     ok, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
+                    process.join(5)  # its end may follow that of its pipe
                     ok, value = False, f"died with exit code {process.exitcode}"
                 if ok:
                     results[rank] = value
                 else:
                     failures[rank] = value
+                    failed = time.monotonic()
             if time.monotonic() > deadline:
                 silent = [rank for rank in range(world_size) if rank not in results]
                 self._kill()
