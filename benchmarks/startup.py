@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from paralign.engine.checkpoint.hf import arch_of
 from paralign.engine.observe.metrics import read_metrics
-from paralign.engine.parallel.layout import resolve
 from paralign.engine.processes.launch import rank_environment
 from paralign.engine.run.check import open_set
 from paralign.engine.run.recipe import Recipe, load
@@ -84,13 +83,7 @@ def _make_groups(recipe: Recipe) -> None:
         return theirs(*ranks, **options)
 
     dist.new_group = new_group
-    layout = resolve(
-        recipe.layout,
-        arch_of(recipe.model.hf),
-        world_size=env.world_size,
-        global_batch_size=recipe.train.global_batch_size,
-        tokens_per_pack=recipe.data.tokens_per_pack,
-    )
+    layout = recipe.resolve_layout(arch_of(recipe.model.hf), env.world_size)
     with open_world(rank=env.rank, world_size=env.world_size, local_rank=env.local_rank, timeout_minutes=5):
         dist.barrier()
         began = time.perf_counter()

@@ -41,7 +41,7 @@ from paralign.engine.data.answers import Answer, AnswerLayout, Group
 from paralign.engine.data.pack import pack_chats, pack_groups
 from paralign.engine.kernels import token_statistics
 from paralign.engine.objectives import Objective, build_objective
-from paralign.engine.parallel.layout import Layout, resolve
+from paralign.engine.parallel.layout import Layout
 from paralign.engine.parallel.mesh import open_mesh
 from paralign.engine.run.recipe import Recipe, load
 from paralign.engine.training.build import build_chunks, transformer_config
@@ -237,13 +237,7 @@ def _full_pack(objective: Objective, tokens_per_pack: int, device: torch.device)
 
 def _of_recipe(recipe: Recipe, gpus: int, rank: int) -> Held:
     arch, tokens_per_pack = arch_of(recipe.model.hf), recipe.data.tokens_per_pack
-    layout = resolve(
-        recipe.layout,
-        arch,
-        world_size=gpus,
-        global_batch_size=recipe.train.global_batch_size,
-        tokens_per_pack=tokens_per_pack,
-    )
+    layout = recipe.resolve_layout(arch, gpus)
     objective = build_objective(recipe.objective)
     return dry_run(arch, layout, recipe.model, objective, rank=rank, tokens_per_pack=tokens_per_pack)
 

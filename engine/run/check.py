@@ -38,7 +38,7 @@ from ..files.refused import check_writable
 from ..objectives import AnswerSection, Objective, ReferenceSection, build_objective
 from ..observe.config import check_installed
 from ..observe.metrics import facts_block
-from ..parallel.layout import Layout, layers_of_stage, resolve, stage_rules
+from ..parallel.layout import Layout, layers_of_stage, stage_rules
 from ..processes.slurm import waits_of_slurm
 from .recipe import Recipe
 
@@ -154,12 +154,8 @@ def check(
     objective = build_objective(recipe.objective)
     sources_of_columns(recipe)
     arch = _arch_to_train(recipe, objective)
-    layout = resolve(
-        config,
-        arch,
-        world_size=gpus or config.tensor_model_parallel_size * config.pipeline_model_parallel_size,
-        global_batch_size=train.global_batch_size,
-        tokens_per_pack=data.tokens_per_pack,
+    layout = recipe.resolve_layout(
+        arch, gpus or config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     )
     _check_recompute(recipe, layout, arch)
     check_backend(recipe.model, arch)

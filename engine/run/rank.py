@@ -18,7 +18,6 @@ from paralign.models.errors import ParalignError, RecipeError
 from ..checkpoint.hf import arch_of
 from ..files.lock import locked
 from ..files.refused import told
-from ..parallel.layout import resolve
 from ..processes.launch import RankEnv, rank_environment
 from ..processes.stop import EXIT_STOPPED, Stop
 from ..processes.variables import check_interface, set_before_cuda
@@ -52,13 +51,7 @@ def run(arguments: Sequence[str], stop: Stop) -> int:
             )
         recipe = load(Path(others[0]), others[1:])
         # Arithmetic first: a layout that cannot be must not wait for other ranks.
-        layout = resolve(
-            recipe.layout,
-            arch_of(recipe.model.hf),
-            world_size=env.world_size,
-            global_batch_size=recipe.train.global_batch_size,
-            tokens_per_pack=recipe.data.tokens_per_pack,
-        )
+        layout = recipe.resolve_layout(arch_of(recipe.model.hf), env.world_size)
         check_interface(env)
         remark = set_before_cuda(env.rank, recipe.run_dir, tensor_parallel=layout.tp > 1)
         if remark and env.rank == 0:

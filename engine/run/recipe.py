@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from paralign.models.arch import Arch
 from paralign.models.head_read import Quantity
 
 from ..checkpoint.config import CheckpointConfig
@@ -20,7 +21,7 @@ from ..data.config import DataConfig
 from ..objectives import OBJECTIVES, AnswerSection, ObjectiveConfig
 from ..observe.config import ObserveConfig
 from ..observe.spikes import SpikeConfig
-from ..parallel.layout import LayoutConfig
+from ..parallel.layout import Layout, LayoutConfig, resolve
 
 
 class TrainConfig(Section):
@@ -96,6 +97,16 @@ class Recipe(Section):
     @property
     def tokenizer_dir(self) -> Path:
         return self.tokenizer or assets_of(self.model.hf)
+
+    def resolve_layout(self, arch: Arch, world_size: int) -> Layout:
+        """The layout on so many ranks; raises LayoutError where it cannot be."""
+        return resolve(
+            self.layout,
+            arch,
+            world_size=world_size,
+            global_batch_size=self.train.global_batch_size,
+            tokens_per_pack=self.data.tokens_per_pack,
+        )
 
     @model_validator(mode="after")
     def _answers_are_whole(self) -> Recipe:

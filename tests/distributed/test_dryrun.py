@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from paralign.engine.config.model import ModelConfig
 from paralign.engine.objectives import build_objective
-from paralign.engine.parallel.layout import resolve
 from paralign.engine.run.recipe import load
 from paralign.models import arch_from_hf
 from paralign.tools.dryrun import Held, dry_run
@@ -37,13 +36,7 @@ def held(recipe_file: Path, *, last: bool = False, **model: object) -> Held:
     recipe = load(recipe_file)
     gpus, keys = MODELS[recipe_file.stem]
     arch = arch_from_hf(config_keys(**keys))
-    layout = resolve(
-        recipe.layout,
-        arch,
-        world_size=gpus,
-        global_batch_size=recipe.train.global_batch_size,
-        tokens_per_pack=recipe.data.tokens_per_pack,
-    )
+    layout = recipe.resolve_layout(arch, gpus)
     return dry_run(
         arch,
         layout,

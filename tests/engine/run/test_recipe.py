@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from paralign.engine.parallel.layout import resolve
 from paralign.engine.run.recipe import Recipe, dump, load
 from paralign.models import arch_from_hf
 from paralign.models.errors import RecipeError
@@ -66,13 +65,7 @@ def test_a_shipped_layout_fits_its_model(
             max_position_embeddings=8192,
         )
     )
-    layout = resolve(
-        recipe.layout,
-        arch,
-        world_size=gpus,
-        global_batch_size=recipe.train.global_batch_size,
-        tokens_per_pack=recipe.data.tokens_per_pack,
-    )
+    layout = recipe.resolve_layout(arch, gpus)
     assert layout.world_size == gpus
 
 
